@@ -1,0 +1,37 @@
+# Two commands do everything: `make compare` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: compare test install format clean
+
+compare: install ## Compare normalisers on the embedded digits; prints a table and the path of the report.
+	$(BIN)/normprop compare --data digits --study digits
+
+test: install ## Lint, types and tests.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+install: $(VENV)/installed
+
+# Without an NVIDIA driver the CPU build of torch is asked for first, wherever pip is configured to look (for example
+# PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU builds); only where there is none does pip choose.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "normprop needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@command -v nvidia-smi >/dev/null 2>&1 || $(PIP) install -q -c constraints.txt 'torch==$(TORCH)+cpu' 2>/dev/null \
+	  || echo 'No CPU build of torch $(TORCH) found where pip looks; installing the default build, which may bring CUDA.'
+	$(PIP) install -q -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+format: install ## Put the code into the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and the runs.
+	rm -rf $(VENV) runs

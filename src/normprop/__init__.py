@@ -1,0 +1,12 @@
+"""normprop: Normalization Propagation (Arpit et al., ICML 2016) and the normalisers around it, in PyTorch.
+
+Deep networks that train without batch statistics, at any batch size down to 1.
+"""
+
+from importlib.metadata import version
+
+from normprop import functional, models, moments, nn, norms, recipes
+from normprop.errors import NormPropError
+
+__version__ = version("normprop")
+__all__ = ["NormPropError", "__version__", "functional", "models", "moments", "nn", "norms", "recipes"]

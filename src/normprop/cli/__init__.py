@@ -1,0 +1,19 @@
+"""The command line: `normprop train`, `normprop compare`, `normprop report`."""
+
+import signal
+import sys
+
+from normprop.errors import MissingExtraError
+
+
+def main() -> None:
+    """Run the command line and exit with its code: 0, 2 for an error named in one line, 130 after Ctrl-C."""
+    try:
+        # Imported here, so that a missing extra is a line and not a traceback.
+        from normprop.cli.app import run
+    except MissingExtraError as error:
+        print(f"normprop: {error}", file=sys.stderr)
+        sys.exit(2)
+    # A plain `kill` ends a command as Ctrl-C does: workers stopped, trials put back.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.exit(run())

@@ -1,0 +1,193 @@
+"""A whole comparison: the trials of a grid trained by worker processes, then the step times."""
+
+import multiprocessing
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from normprop.data import batches
+from normprop.errors import NormPropError
+from normprop.experiments import machine
+from normprop.experiments.grid import Grid
+from normprop.experiments.settings import Settings
+from normprop.experiments.study import Study
+from normprop.experiments.timing import BASELINE, step_times
+from normprop.experiments.trial import IMPOSSIBLE, TrialRecord
+from normprop.experiments.worker import process
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 20
+
+
+class WorkerError(NormPropError):
+    """Worker processes that ended before the study did."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison is.
+
+    Args:
+        trials: every trial of the study, those of other shells and machines included.
+        seconds: time since this run began.
+        workers: number of its workers.
+
+    Example:
+        >>> Progress([], 0.0, 2).workers
+        2
+    """
+
+    trials: list[TrialRecord]
+    seconds: float
+    workers: int
+
+
+def compare(
+    settings: Settings,
+    grid: Grid,
+    *,
+    storage: str,
+    name: str,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    step_time_seconds: float = 6.0,
+    command: str = "",
+) -> Study:
+    """Train every combination of the grid that the study lacks and time the steps of every method.
+
+    A study that was interrupted goes on where it was; with a larger grid only what is missing is trained. Several
+    processes, also on several machines, may run this on one study at the same time and share its trials.
+
+    Args:
+        settings: data, network and training settings.
+        grid: methods, batch sizes, learning rates and seeds.
+        storage: SQLAlchemy URL of the database.
+        name: name of the study in it.
+        workers: number of worker processes; by default one per core, or one if training runs on a GPU.
+        progress: called about twice a second.
+        step_time_seconds: time to spend on the step times; 0 leaves them out.
+        command: the command line, for the results document.
+
+    Returns:
+        The study; `results.document(study)` gives its results.
+
+    Raises:
+        ConfigError: if the study exists with other settings, or a name or value cannot work.
+        DataError: if the data cannot be read.
+        WorkerError: if all workers were killed.
+    """
+    dataset = settings.load()
+    for combination in grid.combinations():
+        settings.config(combination)
+    for method in grid.methods:
+        settings.builder(dataset, method)()
+    study = Study.create(storage, name, settings.identity(dataset))
+    study.enrol(grid.combinations())
+    accelerator = settings.training.accelerator
+    study.annotate(command=command, versions=machine.versions(), machine=machine.describe(accelerator))
+    if workers is None:
+        workers = machine.cores() if machine.device(accelerator).type == "cpu" else 1
+    _train(study, settings, max(1, min(workers, study.unfinished())), progress)
+    if step_time_seconds > 0:
+        time_steps(study, settings, step_time_seconds)
+    return study
+
+
+def time_steps(study: Study, settings: Settings, seconds: float) -> None:
+    """Measure the step time of the study's methods at its batch sizes and note it on the study.
+
+    Batch sizes that were measured before for all their methods are left alone.
+
+    Args:
+        study: the study, its trials finished.
+        settings: its settings.
+        seconds: time to spend, shared by the batch sizes.
+    """
+    combinations = [record.combination for record in study.trials() if record.status != IMPOSSIBLE]
+    wanted = {(combination.batch_size, combination.method): None for combination in combinations}
+    measured = study.attributes.get("step_time", [])
+    missing = wanted.keys() - {(time["batch_size"], time["method"]) for time in measured}
+    sizes = sorted({batch_size for batch_size, _ in missing})
+    dataset = settings.load()
+    device = machine.device(settings.training.accelerator)
+    for batch_size in sizes:
+        methods = [BASELINE, *(method for size, method in wanted if size == batch_size and method != BASELINE)]
+        networks = {method: settings.builder(dataset, method)().to(device) for method in methods}
+        images, labels = next(batches(dataset.train, batch_size, shuffle=False, device=device))
+        times = step_times(networks, images, labels, seconds / len(sizes))
+        measured = [time for time in measured if time["batch_size"] != batch_size] + [asdict(time) for time in times]
+        study.annotate(step_time=measured)
+
+
+def _train(study: Study, settings: Settings, count: int, progress: Callable[[Progress], None] | None) -> None:
+    """Run worker processes until no trial of the study is left."""
+    if not study.unfinished():
+        return
+    start = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    failures: Any = context.SimpleQueue()
+    threads = max(1, machine.cores() // count)
+    workers: dict[str, SpawnProcess] = {}
+    try:
+        with _interrupts_ignored():
+            for _ in range(count):
+                name = f"{socket.gethostname()}-{uuid.uuid4().hex}"
+                arguments = ((study.storage, study.name, study.lease), settings, name, threads, failures)
+                workers[name] = context.Process(target=process, args=arguments)
+                workers[name].start()
+        alive = dict(workers)
+        while alive and study.unfinished():
+            if progress is not None:
+                progress(Progress(study.trials(), time.monotonic() - start, count))
+            time.sleep(_POLL_SECONDS)
+            if not failures.empty():
+                raise failures.get()
+            for name, worker in list(alive.items()):
+                if not worker.is_alive():
+                    del alive[name]
+                    study.release(name)
+                    if worker.exitcode == 1:
+                        raise WorkerError("a worker failed: its error is printed above; what it trained so far is kept")
+        if progress is not None:
+            progress(Progress(study.trials(), time.monotonic() - start, count))
+    finally:
+        _stop(study, workers)
+    if study.unfinished():
+        signals = ", ".join(str(-worker.exitcode) for worker in workers.values() if worker.exitcode)
+        raise WorkerError(
+            f"all workers were killed (signal {signals}), perhaps for want of memory; {study.unfinished()} trials are "
+            "left: run the same command again to go on, perhaps with fewer workers"
+        )
+
+
+def _stop(study: Study, workers: dict[str, SpawnProcess]) -> None:
+    """End the workers that still run; they put their trials back, and what they could not put back is put back here."""
+    for worker in workers.values():
+        if worker.is_alive():
+            worker.terminate()
+    for name, worker in workers.items():
+        worker.join(_STOP_SECONDS)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+        study.release(name)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C: it reaches the whole terminal, but it is for the parent to stop them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,239 @@
+"""Normalization Propagation as pure functions on tensors.
+
+A layer computes ``o = (f(gain * (w x) / ||w|| + bias) - c2) / c1``. Written like that it costs several passes over the
+activations. The functions here move everything that is linear into the weight and the bias, so that what remains of
+size *activation* is the linear map, the activation function and at most one shift.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normprop.fused import VARIANCE_FLOOR, LiveReLU, NormalizeFilters
+from normprop.moments import Activation, Moments, Rule, resolve
+
+MomentKind = Literal["fixed", "live"]
+
+
+def filters(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
+    """View a weight as (groups, fan-in, filters per group, kernel), so that one filter spans the axes 1 and 3.
+
+    Args:
+        weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) of a transposed convolution.
+        groups: number of groups of the convolution.
+        transposed: whether the layout is that of a transposed convolution.
+
+    Returns:
+        A view of ``weight`` with four axes.
+
+    Example:
+        >>> filters(torch.zeros(6, 2, 3, 3), groups=2).shape
+        torch.Size([6, 18, 1, 1])
+        >>> filters(torch.zeros(4, 5, 3, 3), groups=2, transposed=True).shape
+        torch.Size([2, 2, 5, 9])
+    """
+    if transposed:
+        return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return weight.reshape(weight.shape[0], -1, 1, 1)
+
+
+def normalize_weight(
+    weight: Tensor, scale: Tensor, *, center: bool = False, groups: int = 1, transposed: bool = False
+) -> Tensor:
+    r"""Give every filter the length ``scale``: :math:`s_i (W_i - m_i) / \|W_i - m_i\|`, with m the mean or 0.
+
+    Computed in float32 or better; zero filters (constant ones with ``center``) give zeros and finite gradients.
+
+    Args:
+        weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) of a transposed convolution.
+        scale: length of every filter, (out,).
+        center: subtract every filter's mean first.
+        groups: number of groups of the convolution.
+        transposed: whether the layout is that of a transposed convolution.
+
+    Returns:
+        Normalised weight, same shape; float32 for half-precision weights.
+
+    Source:
+        Arpit et al. 2016, equations 9 and 11; centring: Qiao et al. 2019 (weight standardisation).
+
+    Example:
+        >>> normalize_weight(torch.tensor([[3.0, 4.0]]), torch.tensor([10.0]))
+        tensor([[6., 8.]])
+    """
+    rows = filters(weight, groups, transposed)
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    scale = scale.to(rows.dtype).reshape(rows.shape[0], 1, rows.shape[2], 1)
+    normalized: Tensor = NormalizeFilters.apply(rows, scale, center)[0]
+    return normalized.reshape(weight.shape)
+
+
+class Normalization(NamedTuple):
+    """What a layer does around its linear map: ``f(scale * w x / ||w|| + shift)``, then :func:`activate`.
+
+    ``scale`` and ``shift`` are (out,) tensors; ``mean`` and ``reciprocal_std`` belong to what follows the linear map.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor | float
+    reciprocal_std: Tensor | float
+
+
+def standard_deviation(rule: Rule, moments: Moments, std: Tensor | float) -> Tensor | float:
+    """Standard deviation of an activation's output, bounded below where the unit is almost always silent.
+
+    The floor on the variance, 1e-3 times that of the input (at most 1, unless the activation is homogeneous), limits
+    how far the rare outputs of a nearly dead unit are amplified, to about 30 times; at N(0, 1) no activation in use
+    comes near it.
+
+    Args:
+        rule: the activation.
+        moments: moments of its output.
+        std: standard deviation of its input.
+
+    Returns:
+        c1 of the paper; same kind as the variance.
+
+    Example:
+        >>> standard_deviation(resolve("tanh"), Moments(mean=0.0, var=0.25), 1.0)
+        0.5
+    """
+    if not isinstance(moments.var, Tensor):
+        return math.sqrt(moments.var)
+    var = torch.as_tensor(std, dtype=moments.var.dtype, device=moments.var.device).square()
+    floor = var.clamp_min(1e-12) if rule.homogeneous else var.clamp(1e-12, 1.0)
+    return torch.maximum(moments.var, VARIANCE_FLOOR * floor).sqrt()
+
+
+def normalization(rule: Rule, gain: Tensor, bias: Tensor | None, moments: Moments | MomentKind) -> Normalization:
+    """Work out what is absorbed by weight and bias, and what is left to do after the linear map.
+
+    Args:
+        rule: the activation (with the identity there is nothing to normalise after it).
+        gain: gamma, (out,).
+        bias: beta, (out,), or ``None``.
+        moments: ``"live"`` for the moments at N(bias, gain^2); ``"fixed"`` for those at N(0, 1); or those themselves.
+
+    Returns:
+        The constants of the layer.
+
+    Source:
+        Arpit et al. 2016, equation 12.
+
+    Example:
+        >>> from normprop.moments import resolve
+        >>> result = normalization(resolve("relu"), torch.ones(1), torch.zeros(1), "fixed")
+        >>> round(float(result.scale), 4), round(float(result.shift), 4)
+        (1.7129, -0.6833)
+    """
+    if gain.dtype in (torch.float16, torch.bfloat16):
+        gain = gain.float()
+    bias = gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype)
+    if rule.name == "identity":
+        return Normalization(gain, bias, 0.0, 1.0)
+    std: Tensor | float = 1.0
+    if moments == "live" and rule.name == "relu":
+        return Normalization(*LiveReLU.apply(gain, bias), 1.0)
+    if moments == "live":
+        std = gain.abs()
+        moments = rule.moments(bias, std, derivative=False)
+    elif moments == "fixed":
+        moments = rule.moments(0.0, 1.0, derivative=False)
+    assert isinstance(moments, Moments)
+    reciprocal = 1.0 / standard_deviation(rule, moments, std)
+    mean = moments.mean * reciprocal
+    if rule.name == "relu" and isinstance(mean, float):
+        return Normalization(gain * reciprocal, bias * reciprocal - mean, mean, 1.0)
+    if rule.homogeneous:
+        return Normalization(gain * reciprocal, bias * reciprocal, mean, 1.0)
+    return Normalization(gain, bias, mean, reciprocal)
+
+
+def per_channel(value: Tensor | float, like: Tensor, spatial_dims: int) -> Tensor | float:
+    """Shape a per-channel tensor so that it broadcasts against ``like``, in its type; numbers stay as they are."""
+    if isinstance(value, Tensor) and value.ndim > 0:
+        return value.to(like.dtype).reshape(-1, *[1] * spatial_dims)
+    return value
+
+
+def activate(input: Tensor, rule: Rule, constants: Normalization, spatial_dims: int = 0) -> Tensor:
+    """Apply the activation and what is left of its normalisation: ``f(x) * reciprocal_std - mean``.
+
+    Args:
+        input: pre-activation, (..., out, *space); may be overwritten (nothing else may need its values).
+        rule: the activation.
+        constants: what :func:`normalization` returned.
+        spatial_dims: number of axes after the channels.
+
+    Returns:
+        Normalised activation, shape and dtype of ``input``.
+
+    Example:
+        >>> from normprop.moments import resolve
+        >>> constants = normalization(resolve("relu"), torch.ones(2), torch.zeros(2), "fixed")
+        >>> activate(torch.tensor([[-1.0, 1.0]]), resolve("relu"), constants)
+        tensor([[-0.6833,  1.0000]])
+    """
+    if rule.name == "identity":
+        return input
+
+    # The backward of the linear map does not need its output, so ReLU may overwrite it. With a constant shift,
+    # relu(z) - m = max(z - m, -m): the shift is already part of the bias and one threshold remains.
+    if rule.name == "relu" and isinstance(constants.mean, float):
+        return F.threshold_(input, -constants.mean, -constants.mean)
+    output = F.relu_(input) if rule.name == "relu" else rule.function(input)
+    mean = per_channel(constants.mean, input, spatial_dims)
+    reciprocal = per_channel(constants.reciprocal_std, input, spatial_dims)
+    if not (isinstance(reciprocal, float) and reciprocal == 1.0):
+        output = output * reciprocal
+    return output - mean
+
+
+def normalized_sum(
+    inputs: Sequence[Tensor], moments: Sequence[Moments], activation: Activation = None, spatial_dims: int = 0
+) -> Tensor:
+    r"""Add independent inputs of known moments and return mean 0 and variance 1, through an activation or not.
+
+    With m and :math:`\sigma^2` the sums of means and variances, :math:`s = \sum x` gives
+    :math:`(f(s / \sigma) - c_2) / c_1`, where c2 and c1 belong to f(N(m / sigma, 1)).
+
+    Args:
+        inputs: tensors of one shape, (..., channels, *space).
+        moments: moments of each, numbers or (channels,).
+        activation: f, or ``None`` for none.
+        spatial_dims: number of axes after the channels.
+
+    Returns:
+        Normalised sum.
+
+    Source:
+        Ours; the paper has no sums.
+
+    Example:
+        >>> normalized_sum([torch.ones(1, 2), torch.ones(1, 2)], [Moments(0.0, 1.0), Moments(0.0, 3.0)])
+        tensor([[1., 1.]])
+    """
+    rule = resolve(activation)
+    total = inputs[0] + inputs[1]
+    for input in inputs[2:]:
+        total = total + input
+    mean = sum((m.mean for m in moments[1:]), moments[0].mean)
+    var = sum((m.var for m in moments[1:]), moments[0].var)
+    reciprocal = (var.clamp_min(1e-8) if isinstance(var, Tensor) else max(var, 1e-8)) ** -0.5
+    mean = mean * reciprocal
+    if rule.name == "identity":
+        return total * per_channel(reciprocal, total, spatial_dims) - per_channel(mean, total, spatial_dims)
+    one = torch.ones_like(mean) if isinstance(mean, Tensor) else 1.0
+    predicted = rule.moments(mean, one, derivative=False)
+    scale = 1.0 / standard_deviation(rule, predicted, one)
+    shift = per_channel(predicted.mean * scale, total, spatial_dims)
+    if rule.homogeneous:
+        return rule.function(total) * per_channel(scale * reciprocal, total, spatial_dims) - shift
+    output = rule.function(total * per_channel(reciprocal, total, spatial_dims))
+    return output * per_channel(scale, total, spatial_dims) - shift

@@ -1,0 +1,22 @@
+"""NormProp layers: torch's layers that keep mean 0 and variance 1 without batch statistics."""
+
+from normprop.nn.conv import Conv1d, Conv2d, Conv3d
+from normprop.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from normprop.nn.data_norm import DataNorm
+from normprop.nn.layer import NormPropLayer
+from normprop.nn.linear import Linear
+from normprop.nn.residual import Residual, output_moments
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "DataNorm",
+    "Linear",
+    "NormPropLayer",
+    "Residual",
+    "output_moments",
+]

@@ -1,0 +1,96 @@
+"""NormProp convolutions in one, two and three dimensions.
+
+One filter spans ``in_channels / groups`` channels and the kernel. Zero padding pads with the mean of a normalised
+input.
+"""
+
+from torch import Tensor, nn
+
+from normprop.nn.layer import NormPropLayer
+
+
+class Conv1d(NormPropLayer, nn.Conv1d):
+    r"""One-dimensional convolution with Normalization Propagation.
+
+    .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
+
+    Args: those of :class:`torch.nn.Conv1d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
+        :class:`normprop.nn.Linear`, per filter.
+
+    Shape:
+        (N, in_channels, L) or without N, to the same with out_channels.
+
+    Raises:
+        ConfigError, MomentError: as :class:`normprop.nn.Linear`.
+
+    Source:
+        Arpit et al. 2016, equations 11 and 12.
+
+    Example:
+        >>> import torch
+        >>> Conv1d(3, 6, 3, padding=1, activation="relu")(torch.randn(1, 3, 8)).shape
+        torch.Size([1, 6, 8])
+    """
+
+    _spatial_dims = 1
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self._conv_forward(input, weight, bias)
+
+
+class Conv2d(NormPropLayer, nn.Conv2d):
+    r"""Two-dimensional convolution with Normalization Propagation.
+
+    .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
+
+    Args: those of :class:`torch.nn.Conv2d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
+        :class:`normprop.nn.Linear`, per filter.
+
+    Shape:
+        (N, in_channels, H, W) or without N, to the same with out_channels.
+
+    Raises:
+        ConfigError, MomentError: as :class:`normprop.nn.Linear`.
+
+    Source:
+        Arpit et al. 2016, equations 11 and 12.
+
+    Example:
+        >>> import torch
+        >>> Conv2d(3, 6, 3, padding=1, activation="relu")(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 6, 8, 8])
+    """
+
+    _spatial_dims = 2
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self._conv_forward(input, weight, bias)
+
+
+class Conv3d(NormPropLayer, nn.Conv3d):
+    r"""Three-dimensional convolution with Normalization Propagation.
+
+    .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
+
+    Args: those of :class:`torch.nn.Conv3d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
+        :class:`normprop.nn.Linear`, per filter.
+
+    Shape:
+        (N, in_channels, D, H, W) or without N, to the same with out_channels.
+
+    Raises:
+        ConfigError, MomentError: as :class:`normprop.nn.Linear`.
+
+    Source:
+        Arpit et al. 2016, equations 11 and 12.
+
+    Example:
+        >>> import torch
+        >>> Conv3d(3, 6, 3, padding=1, activation="relu")(torch.randn(1, 3, 8, 8, 8)).shape
+        torch.Size([1, 6, 8, 8, 8])
+    """
+
+    _spatial_dims = 3
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self._conv_forward(input, weight, bias)

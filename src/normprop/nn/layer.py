@@ -1,0 +1,181 @@
+"""What all NormProp layers share.
+
+Every layer computes, for output unit i with weight row (filter) W_i,
+
+    o_i = (f(gain_i * (W_i x) / ||W_i|| + bias_i) - c2) / c1,
+
+with c2 and c1 the mean and standard deviation of f(Z). If the input has mean 0 and variance 1, so has the output: no
+batch statistics, train() equals eval(), and a sample's output never depends on the other samples.
+"""
+
+import inspect
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normprop import moments as M
+from normprop.errors import ConfigError
+from normprop.functional import (
+    MomentKind,
+    Normalization,
+    activate,
+    filters,
+    normalization,
+    normalize_weight,
+)
+from normprop.fused import filter_statistics
+from normprop.moments import Activation, Moments
+
+Gain = float | Literal["jacobian"]
+
+
+class NormPropLayer(nn.Module):
+    """What all NormProp layers share: the gain, the activation and the normalised weight.
+
+    Mixed into torch's own layer classes, which bring ``weight``, ``bias`` and the linear map.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    gain: nn.Parameter
+    groups: int = 1
+    _transposed: bool = False
+    _spatial_dims: int = 0
+
+    def __init__(
+        self,
+        *args: Any,
+        activation: Activation = None,
+        center: bool = True,
+        moments: MomentKind = "live",
+        gain: Gain = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        name = type(self).__name__
+        if moments not in ("fixed", "live"):
+            raise ConfigError(f"{name}: moments must be 'fixed' or 'live', got {moments!r}")
+        if isinstance(gain, str) and gain != "jacobian":
+            raise ConfigError(f"{name}: gain must be a number or 'jacobian', got {gain!r}")
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.center = center
+        self.moments: MomentKind = moments
+        rows = filters(self.weight, self.groups, self._transposed)
+        if center and rows.shape[1] * rows.shape[3] == 1:
+            raise ConfigError(
+                f"{name}: center=True subtracts each filter's mean, which leaves nothing of a filter with a "
+                f"single weight (fan-in 1); use center=False here"
+            )
+        with torch.no_grad():
+            standard = M.of(activation)
+            self.initial_gain = float(
+                (standard.var / standard.squared_derivative) ** 0.5 if gain == "jacobian" else gain
+            )
+        # The constants of N(0, 1), unless the activation has parameters of its own: then they belong in the graph.
+        self._standard = None if M.resolve(activation).learnable else standard
+        units = rows.shape[0] * rows.shape[2]
+        self.gain = nn.Parameter(torch.empty(units, device=self.weight.device, dtype=self.weight.dtype))
+        self.reset_parameters()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show torch's own arguments, then ours, in the signature that help() and editors print."""
+        super().__init_subclass__(**kwargs)
+        ours = [p for p in inspect.signature(NormPropLayer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for base in cls.__mro__:
+            if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
+                theirs = list(inspect.signature(base).parameters.values())
+                cls.__signature__ = inspect.Signature(theirs + ours)  # type: ignore[attr-defined]
+                return
+
+    def reset_parameters(self) -> None:
+        """Glorot's normalised initialisation for the weight, 0 for the bias, the initial gain for the gain."""
+        if "gain" not in self._parameters:  # called by torch's constructor, before there is a gain
+            return
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.constant_(self.gain, self.initial_gain)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def _phases(self) -> int:
+        """Output phases of a transposed convolution: each sees its share of a filter's taps, 1 / phases on average."""
+        return math.prod(self.stride) if self._transposed else 1
+
+    def _constants(self, rule: M.Rule) -> Normalization:
+        """Work out what surrounds the linear map."""
+        known = self._standard if self.moments == "fixed" else None
+        return normalization(rule, self.gain, self.bias, known or self.moments)
+
+    def _effective(self, constants: Normalization) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the plain linear map, in the type of the weight."""
+        scale = constants.scale * math.sqrt(self._phases) if self._phases > 1 else constants.scale
+        weight = normalize_weight(
+            self.weight, scale, center=self.center, groups=self.groups, transposed=self._transposed
+        )
+        return weight.to(self.weight.dtype), constants.shift.to(self.weight.dtype)
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        """Apply the layer; the arguments are those of torch's own class."""
+        rule = M.resolve(self.activation)
+        constants = self._constants(rule)
+        output = self._linear(input, *self._effective(constants), *args)
+        return activate(output, rule, constants, self._spatial_dims)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
+        raise NotImplementedError
+
+    def output_moments(self) -> Moments:
+        """Predicted moments of the layer's output when its input has mean 0 and variance 1.
+
+        Returns:
+            Mean 0 and variance 1 after an activation. Without one N(bias, gain^2): per unit and in the graph with
+            live moments, at the initial values with fixed ones.
+        """
+        if M.resolve(self.activation).name != "identity":
+            return Moments(0.0, 1.0)
+        if self.moments == "fixed":
+            return Moments(0.0, self.initial_gain**2)
+        bias = torch.zeros_like(self.gain) if self.bias is None else self.bias
+        return Moments(bias, self.gain.square())
+
+    @torch.no_grad()
+    def normalize_weight_(self) -> None:
+        """Rescale every filter to unit length in place (after centring it with ``center``); zero filters stay zero.
+
+        The layer's function is unchanged.
+
+        Source:
+            Arpit et al. 2016, section 3.3 (constraint after every update).
+        """
+        rows = filters(self.weight, self.groups, self._transposed)
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        mean, inverse = filter_statistics(wide, self.center)
+        unit = torch.addcmul(-mean * inverse, wide, inverse) if self.center else wide * inverse
+        self.weight.copy_(unit.reshape(self.weight.shape))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Fill the gain from a plain layer's weight, so that the linear map stays what it was."""
+        weight = state_dict.get(prefix + "weight")
+        if prefix + "gain" not in state_dict and weight is not None and weight.shape == self.weight.shape:
+            rows = filters(weight.detach(), self.groups, self._transposed).double()
+            norm = torch.linalg.vector_norm(rows, dim=(1, 3))
+            if self.center and bool(
+                (rows.mean((1, 3)).abs() * (rows.shape[1] * rows.shape[3]) ** 0.5 > 1e-4 * norm).any()
+            ):
+                errors: list[str] = args[-1] if args else kwargs["error_msgs"]
+                errors.append(
+                    f"{prefix}weight: a plain layer's filters are not centred, so a layer with center=True cannot keep "
+                    f"their function; build {prefix.rstrip('.') or type(self).__name__} with center=False"
+                )
+            state_dict[prefix + "gain"] = (norm.flatten() / math.sqrt(self._phases)).to(weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Torch's own description, then the normalisation settings."""
+        parts = [super().extra_repr()]
+        if self.activation is not None and not isinstance(self.activation, nn.Module):
+            parts.append(f"activation={getattr(self.activation, '__name__', self.activation)!s}")
+        parts.append(f"center={self.center}, moments={self.moments}, gain={self.initial_gain:.4g}")
+        return ", ".join(parts)

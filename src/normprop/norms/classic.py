@@ -1,0 +1,47 @@
+"""``batch``, ``group``, ``layer`` and ``instance``: the norms that take statistics of activations, from torch.
+
+All normalise ``(x - mean) / std`` and then apply a gain and a bias per channel; they differ in the axes of mean and
+std.
+
+- ``batch``: batch and space, per channel. Running averages in evaluation. Source: Ioffe & Szegedy 2015.
+- ``layer``: channels and space, per sample. Source: Ba et al. 2016.
+- ``instance``: space, per sample and channel. Source: Ulyanov et al. 2016.
+- ``group``: a group of channels and space, per sample. Source: Wu & He 2018.
+
+Use ``batch`` with batches of 16 or more on one device, the others below; ``instance`` needs maps larger than 1x1.
+"""
+
+import math
+
+from torch import nn
+
+from normprop.errors import ConfigError
+
+_BATCH = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def batch_norm(dims: int, channels: int) -> nn.Module:
+    """Batch norm with torch's settings (momentum 0.1)."""
+    return _BATCH[dims](channels)
+
+
+def group_norm(dims: int, channels: int) -> nn.Module:
+    """Group norm with 32 groups, or as many of them as divide the channels into groups of two or more."""
+    return nn.GroupNorm(1 if channels % 2 else math.gcd(channels // 2, 32), channels)
+
+
+def layer_norm(dims: int, channels: int) -> nn.Module:
+    """Layer norm over channels and space, with a gain and a bias per channel."""
+    return nn.GroupNorm(1, channels)
+
+
+def instance_norm(dims: int, channels: int) -> nn.Module:
+    """Instance norm with a gain and a bias per channel.
+
+    Raises:
+        ConfigError: for a linear layer, which has no space to take statistics over.
+    """
+    if dims == 0:
+        raise ConfigError("norms.instance: instance norm takes its statistics over space; a linear layer has none")
+    return _INSTANCE[dims - 1](channels, affine=True)

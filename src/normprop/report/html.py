@@ -1,0 +1,118 @@
+"""The report of a comparison: one HTML file that opens from disk and loads nothing."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from normprop.errors import requires
+from normprop.report import curves, figures, summary
+from normprop.report.marks import SHAPES, marks
+from normprop.report.results import Results, read
+
+with requires("report"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+_ASSETS = files("normprop.report") / "assets"
+
+
+def write(document: dict[str, Any], path: Path) -> Path:
+    """Write the report of a comparison as one self-contained HTML file.
+
+    The file has its style, its script and plotly inside, opens without a network and forbids itself any request. It is
+    written beside its place and moved there when whole.
+
+    Args:
+        document: the results, from ``normprop.experiments.results.document``; step times, layer statistics and
+            unfinished trials may be missing.
+        path: the file to write; its directory is made if need be, a file that is there is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: if the document is not one that ``normprop compare`` makes.
+
+    Example:
+        >>> import tempfile
+        >>> empty = {"title": "Nothing yet", "methods": ["none"], "batch_sizes": [32], "lrs": [0.1], "seeds": [0]}
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write(empty | {"trials": [], "table": []}, Path(directory) / "report.html").name
+        'report.html'
+    """
+    page = _render(read(document))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(page, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _render(results: Results) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("normprop.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    environment.filters["number"] = summary.number
+    environment.filters["percent"] = summary.percent
+    groups = {
+        "batch": figures.by_batch(results),
+        "rate": figures.by_rate(results),
+        "curves": curves.curves(results),
+        "time": figures.step_time(results),
+        "layers": curves.layers(results),
+    }
+    styles = marks(results.methods)
+    rows, footnotes = summary.table(results)
+    drawings = [
+        {"id": f"{group}-{index}", **vars(figure)}
+        for group, plots in groups.items()
+        for index, figure in enumerate(plots)
+    ]
+    return environment.get_template("page.html.j2").render(
+        results=results,
+        groups=groups,
+        marks=styles,
+        shapes=SHAPES,
+        sentence=summary.sentence(results),
+        progress=summary.progress(results),
+        remarks=summary.remarks(results),
+        date=summary.date(results.created),
+        facts=summary.facts(results),
+        rows=rows,
+        footnotes=footnotes,
+        absent=curves.absent(results),
+        payload={
+            "figures": _rounded(drawings),
+            "batches": results.batch_sizes,
+            "colors": [mark.color for mark in styles],
+        },
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """A copy with five significant digits: more than a plot can show, at half the size."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _asset(name: str) -> Markup:
+    """A file of our own that goes into the page as it is."""
+    return Markup((_ASSETS / name).read_text(encoding="utf-8"))

@@ -1,0 +1,48 @@
+"""Which parameters decay."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normprop.nn import NormPropLayer
+
+# Modules whose parameters are not weights of a linear map, however many dimensions they have.
+UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, unit_norm: bool = True) -> list[dict[str, Any]]:
+    """Sort the parameters of a model into those that decay and those that do not, for any torch optimiser.
+
+    Decayed: the weights of linear maps, which are the parameters with two or more dimensions. Not decayed: biases,
+    gains, the parameters of normalisers, embeddings and PReLU, and the weights of NormProp layers under the unit-norm
+    constraint, which decay would only rescale before the constraint puts them back.
+
+    Args:
+        model: the network.
+        weight_decay: decay of the first group.
+        unit_norm: whether NormProp weights are under the constraint
+            (:func:`normprop.training.unit_norm.constrain`); without it they decay like other weights.
+
+    Returns:
+        One dict per group that has parameters, every parameter in exactly one: a shared parameter counts once, and
+        decays only if all its owners let it.
+
+    Source:
+        Ours; Arpit et al. 2016 use a decay of 5e-4 to 5e-3 and do not say of what.
+
+    Example:
+        >>> groups = parameter_groups(nn.Linear(4, 3), weight_decay=1e-4)
+        >>> [(group["weight_decay"], len(group["params"])) for group in groups]
+        [(0.0001, 1), (0.0, 1)]
+    """
+    decays: dict[nn.Parameter, bool] = {}
+    for module in model.modules():
+        frozen = isinstance(module, (*UNDECAYED, NormPropLayer) if unit_norm else UNDECAYED)
+        for parameter in module.parameters(recurse=False):
+            decays[parameter] = decays.get(parameter, True) and not frozen and parameter.ndim >= 2
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter, decayed in decays.items() if decayed], "weight_decay": weight_decay},
+        {"params": [parameter for parameter, decayed in decays.items() if not decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,266 @@
+"""A network in training: one epoch of updates, its measurement, and its whole state."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normprop.data import Dataset, Split, augment, batches
+from normprop.errors import requires
+from normprop.nn import DataNorm
+from normprop.training import random_state, schedules, statistics
+from normprop.training.config import TrainConfig
+from normprop.training.divergence import LossWatch
+from normprop.training.groups import parameter_groups
+from normprop.training.records import EpochRecord
+from normprop.training.unit_norm import constrain
+
+with requires("train"):
+    from lightning_fabric import Fabric
+
+_PROBE = 128
+_EVALUATION_BATCH = 512
+
+
+def assemble(build: Callable[[], nn.Module], dataset: Dataset, config: TrainConfig) -> nn.Module:
+    """Seed all generators, build the network and put the input normalisation before it.
+
+    Args:
+        build: makes the network.
+        dataset: gives the statistics of the input.
+        config: the settings.
+
+    Returns:
+        The network in training mode, on the CPU.
+    """
+    random_state.seed(config.seed)
+    model = build()
+    if config.data_norm != "none":
+        norm = DataNorm(dataset.shape, mode="batch" if config.data_norm == "batch" else "global")
+        model = nn.Sequential(norm.fit(batches(dataset.train, 4096, shuffle=False)), model)
+    return model.train()
+
+
+class Run:
+    """Everything that changes while a network trains.
+
+    Args:
+        fabric: gives device, precision and processes.
+        build: makes the network.
+        dataset: training, validation and test images.
+        config: the settings.
+    """
+
+    def __init__(self, fabric: Fabric, build: Callable[[], nn.Module], dataset: Dataset, config: TrainConfig) -> None:
+        self.fabric = fabric
+        self.config = config
+        # Fabric's own wrapper of modules would round images to 16 bits before DataNorm sees them, and costs 50 us a
+        # step. Its strategy does the rest just as well.
+        precision = fabric.strategy.precision
+        self.model = fabric.to_device(precision.convert_module(assemble(build, dataset, config)))
+        self.network = fabric.strategy.setup_module(self.model)
+        self.dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        network = self.model[1] if isinstance(self.model, nn.Sequential) and config.data_norm != "none" else self.model
+        self.layers = statistics.watched(network)
+        self.dataset = dataset.to(fabric.device)
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, config.weight_decay, unit_norm=config.unit_norm),
+            lr=config.lr,
+            momentum=config.momentum,
+            # One kernel for all parameters. Not under a GradScaler: it forbids clipping, and momentum stays
+            # uninitialised memory when the first step is skipped (torch 2.13).
+            fused=config.precision != "16-mixed",
+        )
+        self.parameters = list(self.model.parameters())
+        if config.unit_norm:
+            constrain(self.optimizer, self.model)
+        if fabric.global_rank > 0:  # dropout masks of its own for each process
+            random_state.seed((config.seed + fabric.global_rank) % 2**32)
+
+        self.sizes = batch_sizes(len(dataset.train), config.batch_size)
+        steps = config.epochs * len(self.sizes)
+        warmup = min(round(config.warmup * steps), steps - 1)
+        self.schedule = schedules.create(config.schedule, steps, warmup, config.halve_every * len(self.sizes))
+        self.watch = LossWatch(
+            limit=10 * math.log(dataset.num_classes),
+            warmup=warmup,
+            span=min(50, len(self.sizes)),
+            reduce=lambda losses: fabric.strategy.all_reduce(losses, reduce_op="mean"),
+        )
+        # The order does not depend on what a network draws, so every method sees the same batches.
+        self.order = torch.Generator().manual_seed(config.seed)
+        self.augmentation = torch.Generator().manual_seed(config.seed + 2**32)
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0
+
+    def rehearse(self) -> None:
+        """Try a forward pass in training mode on the smallest batch to come, and leave no trace.
+
+        Raises:
+            ValueError: torch's own, from a network that cannot train on so few samples.
+        """
+        smallest = max(1, min(self.sizes) // self.fabric.world_size)
+        images, _ = next(batches(self.dataset.train, smallest, shuffle=False))
+        with random_state.preserved(), torch.no_grad(), self.fabric.autocast():
+            copy.deepcopy(self.model).train()(images.to(self.dtype))
+
+    def train_epoch(self) -> str | None:
+        """Make one pass over the training images; return the reason if the run has diverged."""
+        start = time.perf_counter()
+        try:
+            return self._train_epoch()
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _train_epoch(self) -> str | None:
+        fabric, config, optimizer, watch = self.fabric, self.config, self.optimizer, self.watch
+        self.network.train()
+        watch.start(self.step)
+        for images, labels in join_single(
+            batches(self.dataset.train, config.batch_size, shuffle=True, generator=self.order)
+        ):
+            lr = config.lr * self.schedule(self.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = self._loss(images, labels)
+            fabric.backward(loss)
+            if config.clip_grad is not None:
+                # A gradient that is not finite is the business of the GradScaler and of the divergence test.
+                fabric.clip_gradients(self.model, optimizer, max_norm=config.clip_grad, error_if_nonfinite=False)
+            fabric.strategy.optimizer_step(optimizer)
+            for parameter in self.parameters:  # optimizer.zero_grad(set_to_none=True) without its 15 us of bookkeeping
+                parameter.grad = None
+            self.step += 1
+            if reason := watch.add(loss, len(labels)):
+                return reason
+        self.epoch += 1
+        return watch.read()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Loss of this process's share of a batch, scaled so that the mean over processes is the batch's."""
+        images = self._augment(images)
+        weight = 1.0
+        if self.fabric.world_size > 1:
+            total, processes, rank = len(labels), self.fabric.world_size, self.fabric.global_rank
+            share = slice(rank, None, processes)
+            weight = len(labels[share]) * processes / total
+            # A process without a share takes part with weight 0, because the others wait for its gradients.
+            share = share if weight > 0 else slice(0, 1)
+            images, labels = images[share], labels[share]
+        logits = self._logits(self.network, images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        return loss if weight == 1.0 else loss * weight
+
+    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Outputs of the network in at least single precision."""
+        with self.fabric.autocast():
+            logits: Tensor = network(images.to(self.dtype))
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    def _augment(self, images: Tensor) -> Tensor:
+        """Flip and crop a whole batch, alike in all processes."""
+        names = self.config.augment
+        if not names:
+            return images
+        return augment(images, self.augmentation, flip="flip" in names, pad=4 if "crop" in names else 0)
+
+    def measure(self) -> tuple[EpochRecord, str | None]:
+        """Evaluate the network; return the record, and the reason if its outputs show that the run has diverged."""
+        with statistics.evaluating(self.model):
+            validation, finite = self._error(self.dataset.validation)
+            test, also_finite = self._error(self.dataset.test)
+            probe, _ = next(batches(self.dataset.validation, _PROBE, shuffle=False))
+            with statistics.recording(self.layers) as outputs:
+                self._logits(self.model, probe)
+        record = EpochRecord(
+            epoch=self.epoch,
+            step=self.step,
+            lr=self.config.lr * self.schedule(max(self.step - 1, 0)),
+            train_loss=self.watch.mean if self.step else None,
+            validation_error=validation,
+            test_error=test,
+            seconds=self.seconds,
+            layers=statistics.summarize(outputs),
+        )
+        return record, None if finite and also_finite else f"outputs were not finite after step {self.step}"
+
+    def _error(self, split: Split) -> tuple[float, bool]:
+        """Return the fraction of a split that is misclassified, and whether all outputs are finite."""
+        share = split[self.fabric.global_rank :: self.fabric.world_size]
+        counts = torch.zeros(2, device=self.fabric.device)
+        for images, labels in batches(share, _EVALUATION_BATCH, shuffle=False):
+            logits = self._logits(self.model, images)
+            counts += torch.stack([(logits.argmax(1) != labels).sum(), (~logits.isfinite()).sum()])
+        wrong, broken = self.fabric.strategy.all_reduce(counts, reduce_op="sum").tolist()
+        return wrong / len(split), broken == 0
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, in plain containers; all processes must call this."""
+        everyone: list[Any] = [random_state.capture()]
+        if self.fabric.world_size > 1:
+            own, everyone = everyone[0], [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(everyone, own)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "order": self.order.get_state(),
+            "augmentation": self.augmentation.get_state(),
+            "random": everyone,
+            "losses": list(self.watch.recent),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state from :meth:`state`.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: torch's own, for the state of another network.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.order.set_state(state["order"])
+        self.augmentation.set_state(state["augmentation"])
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.watch.start(self.step, state["losses"])
+        random_state.restore(state["random"][self.fabric.global_rank])
+
+
+def batch_sizes(samples: int, batch_size: int) -> list[int]:
+    """Return the sizes of an epoch's batches, as :func:`join_single` leaves them.
+
+    Example:
+        >>> batch_sizes(10, 4), batch_sizes(9, 4)
+        ([4, 4, 2], [4, 5])
+    """
+    sizes = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
+    if len(sizes) > 1 and sizes[-1] == 1 and sizes[-2] > 1:
+        sizes[-2:] = [sizes[-2] + 1]
+    return sizes
+
+
+def join_single(pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Join a last batch of a single sample to the one before it, because some normalisers cannot train on it.
+
+    Example:
+        >>> data = Split(torch.zeros(9, 2), torch.arange(9))
+        >>> [len(labels) for _, labels in join_single(batches(data, 4, shuffle=False))]
+        [4, 5]
+    """
+    held = next(pairs)
+    for pair in pairs:
+        if len(pair[1]) == 1 < len(held[1]):
+            held = torch.cat([held[0], pair[0]]), torch.cat([held[1], pair[1]])
+        else:
+            yield held
+            held = pair
+    yield held

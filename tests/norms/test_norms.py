@@ -1,0 +1,134 @@
+import copy
+import pickle
+
+import pytest
+import torch
+
+from normprop import moments, norms
+from normprop.errors import ConfigError
+
+NAMES = ["none", "normprop", "normprop-paper", "batch", "group", "layer", "instance", "weight"]
+BATCH_STATISTICS = {"batch"}
+
+
+def build(name, dims, **options):
+    """A block from 4 to 8 channels and an input batch for it."""
+    sizes = [6, 5, 4][:dims]
+    arguments = (4, 8) if dims == 0 else (4, 8, 3)
+    if dims:
+        options = {"padding": 1} | options
+    return norms.block(name, dims)(*arguments, **options), torch.randn(5, 4, *sizes)
+
+
+def supported(name, dims):
+    return not (name == "instance" and dims == 0)
+
+
+every = pytest.mark.parametrize(("name", "dims"), [(n, d) for n in NAMES for d in range(4) if supported(n, d)])
+
+
+def test_names():
+    assert norms.names() == NAMES
+
+
+@every
+def test_blocks_have_the_shape_of_the_plain_map_and_train(name, dims):
+    torch.manual_seed(0)
+    block, input = build(name, dims)
+    output = block(input)
+    assert output.shape == (5, 8, *input.shape[2:])
+    output.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in block.parameters())
+    assert torch.equal(copy.deepcopy(block)(input), block(input))
+    assert torch.equal(pickle.loads(pickle.dumps(block))(input), block(input))
+
+
+@every
+def test_options_of_the_convolution_arrive(name, dims):
+    if dims == 0:
+        pytest.skip("a linear layer has no stride or groups")
+    block, input = build(name, dims, stride=2, groups=2, activation="tanh")
+    assert block(input).shape == norms.block("none", dims)(4, 8, 3, stride=2, padding=1)(input).shape
+    weights = [p for p in block.parameters() if p.ndim == dims + 2]
+    assert weights[0].shape[:2] == (8, 2)
+
+
+@every
+def test_samples_depend_on_each_other_only_under_batch_norm(name, dims):
+    torch.manual_seed(0)
+    block, input = build(name, dims)
+    changed = input.clone()
+    changed[1:] += 10.0
+    difference = (block(changed)[0] - block(input)[0]).abs().max()
+    assert (difference > 1e-3) == (name in BATCH_STATISTICS)
+
+
+@every
+def test_without_activation_the_output_can_be_negative_and_relu_follows_the_norm(name, dims):
+    torch.manual_seed(0)
+    linear, input = build(name, dims, activation=None)
+    assert (linear(input) < -1e-3).any()
+    if not name.startswith("normprop"):
+        block, _ = build(name, dims, activation="relu")
+        block.load_state_dict(linear.state_dict())
+        torch.testing.assert_close(block(input), linear(input).relu())
+
+
+@pytest.mark.parametrize(("name", "axes"), [("batch", (0, 2, 3)), ("layer", (1, 2, 3)), ("instance", (2, 3))])
+def test_statistics_are_taken_over_the_axes_of_the_paper(name, axes):
+    torch.manual_seed(0)
+    block, input = build(name, 2, activation=None)
+    linear = block.linear(input).double()
+    mean, var = linear.mean(axes, keepdim=True), linear.var(axes, correction=0, keepdim=True)
+    torch.testing.assert_close(block(input).double(), (linear - mean) / (var + 1e-5).sqrt(), rtol=1e-4, atol=1e-4)
+
+
+def test_group_norm_takes_32_groups_or_as_many_as_divide():
+    assert norms.block("group")(3, 64, 3).norm.num_groups == 32
+    assert norms.block("group")(3, 48, 3).norm.num_groups == 8
+    assert norms.block("group")(3, 8, 1).norm.num_groups == 4
+    assert norms.block("group")(3, 5, 1).norm.num_groups == 1
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("name", ["none", "weight"])
+def test_plain_and_weight_norm_keep_the_second_moment_at_the_start(name, activation):
+    torch.manual_seed(0)
+    second = moments.of(activation).second
+    block = norms.block(name, 0)(1000, 1000, activation=activation)
+    input = torch.randn(500, 1000)
+    # A linear map of this block sees inputs of second moment E[f^2] and must return pre-activations of variance 1.
+    with torch.no_grad():
+        output = block(input * second**0.5)
+    assert output.square().mean() == pytest.approx(second, rel=0.03)
+
+
+def test_weight_norm_equals_torchs():
+    torch.manual_seed(0)
+    block, input = build("weight", 2, activation=None)
+    reference = torch.nn.utils.parametrizations.weight_norm(copy.deepcopy(block.linear.linear), dim=0)
+    with torch.no_grad():
+        reference.parametrizations.weight.original0.copy_(block.linear.gain.reshape(-1, 1, 1, 1))
+    torch.testing.assert_close(block(input), reference(input))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_residual_blocks_and_heads(name):
+    branch = norms.block(name)(4, 4, 3, padding=1, activation=None)
+    shortcut = norms.block(name)(4, 4, 1, activation=None)
+    input = torch.randn(2, 4, 5, 5)
+    assert norms.residual(name)(branch)(input).shape == input.shape
+    assert norms.residual(name)(branch, shortcut, activation="tanh")(input).shape == input.shape
+    assert norms.head(name)(4, 10)(torch.randn(1, 4)).shape == (1, 10)
+    assert norms.head(name, 2)(4, 10, 1)(input).shape == (2, 10, 5, 5)
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="no method 'bach'; there are none, normprop"):
+        norms.block("bach")
+    with pytest.raises(ConfigError, match="dims must be"):
+        norms.block("batch", 4)
+    with pytest.raises(ConfigError, match="linear layer has none"):
+        norms.block("instance", 0)(3, 4)
+    with pytest.raises(ConfigError, match="is taken"):
+        norms.register("batch", norms.method("batch"))
