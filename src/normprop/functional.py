@@ -139,7 +139,8 @@ def normalization(rule: Rule, gain: Tensor, bias: Tensor | None, moments: Moment
         return Normalization(gain, bias, 0.0, 1.0)
     std: Tensor | float = 1.0
     if moments == "live" and rule.name == "relu":
-        return Normalization(*LiveReLU.apply(gain, bias), 1.0)
+        scale, shift, mean = LiveReLU.apply(gain, bias)
+        return Normalization(scale, shift, mean, 1.0)
     if moments == "live":
         std = gain.abs()
         moments = rule.moments(bias, std, derivative=False)
@@ -186,7 +187,7 @@ def activate(input: Tensor, rule: Rule, constants: Normalization, spatial_dims: 
     # The backward of the linear map does not need its output, so ReLU may overwrite it. With a constant shift,
     # relu(z) - m = max(z - m, -m): the shift is already part of the bias and one threshold remains.
     if rule.name == "relu" and isinstance(constants.mean, float):
-        return F.threshold_(input, -constants.mean, -constants.mean)
+        return torch.threshold_(input, -constants.mean, -constants.mean)
     output = F.relu_(input) if rule.name == "relu" else rule.function(input)
     mean = per_channel(constants.mean, input, spatial_dims)
     reciprocal = per_channel(constants.reciprocal_std, input, spatial_dims)

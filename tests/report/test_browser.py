@@ -204,7 +204,8 @@ def test_sparse_reports_open_without_errors(driver, make_document, tmp_path):
         row |= {"error_mean": None, "best_lr": None}
     waiting["step_time"] = []
     many = make_document([f"method-{index}" for index in range(40)], batch_sizes=[8, 32], seeds=[0])
-    for name, each in (("one", document), ("waiting", waiting), ("many", many)):
+    empty = {name: [] for name in ("methods", "batch_sizes", "lrs", "seeds", "trials", "table")} | {"title": "None yet"}
+    for name, each in (("one", document), ("waiting", waiting), ("many", many), ("empty", empty)):
         page = opened(driver, write(each, tmp_path / f"{name}.html"))
         assert page.get_log("browser") == []
         assert page.execute_script("return document.documentElement.scrollWidth") == 1280

@@ -207,6 +207,13 @@ def test_without_layers_and_curves(make_document, render):
     assert group(data, "batch")
 
 
+def test_a_study_without_trials(render):
+    lists = {name: [] for name in ("methods", "batch_sizes", "lrs", "seeds", "trials", "table")}
+    source, page = render({"title": "Nothing yet", **lists})
+    assert "There are no trials." in page.text
+    assert payload(source)["figures"] == []
+
+
 def test_one_of_everything(make_document, render):
     document = make_document(["normprop"], batch_sizes=[8], lrs=[0.02], seeds=[0])
     source, page = render(document)

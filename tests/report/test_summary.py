@@ -105,6 +105,7 @@ def test_marks_are_distinct_and_stable():
         (lambda d: d.update(settings=[1]), "'settings' is list; expected dict"),
         (lambda d: d["trials"][3].pop("lr"), r"trials\[3\] of the results document has no 'lr'"),
         (lambda d: d["trials"][2].update(status="lost"), r"trials\[2\].*status 'lost'; expected one of complete"),
+        (lambda d: d["lrs"].append(0.0), "lrs of the results document holds 0.0; expected numbers above zero"),
         (lambda d: d["table"].append("row"), r"table\[6\] of the results document is str"),
         (lambda d: d["step_time"].append({"method": "none"}), r"step_time\[6\].*has no 'batch_size'"),
     ],

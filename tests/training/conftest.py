@@ -21,7 +21,7 @@ def blobs() -> Dataset:
 
     def part(count: int) -> Split:
         labels = torch.arange(count) % 3
-        noise = 0.15 * torch.randn(count, 1, 4, 4, generator=generator)
+        noise = 0.1 * torch.randn(count, 1, 4, 4, generator=generator)
         return Split((centres[labels] + noise).clamp(0, 1), labels)
 
     return Dataset("blobs", ("a", "b", "c"), train=part(60), validation=part(30), test=part(30))

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+import torch
+
 from normprop.data import batches
 from normprop.errors import NormPropError
 from normprop.experiments import machine
@@ -133,7 +135,7 @@ def _train(study: Study, settings: Settings, count: int, progress: Callable[[Pro
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     failures: Any = context.SimpleQueue()
-    threads = max(1, machine.cores() // count)
+    threads = max(1, torch.get_num_threads() // count)
     workers: dict[str, SpawnProcess] = {}
     try:
         with _interrupts_ignored():

@@ -50,6 +50,37 @@ def standardize(bound: float | Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((bound - mean) / positive(std)).clamp(-FAR, FAR)
 
 
+def widen(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """A deviation that quadrature can resolve about the mean, and which part of it the given one is.
+
+    Below about 1e-8 of the mean, positions mean + std * x round to a few numbers; any function is linear on such a
+    scale, so that its variance follows from that at the wider deviation.
+
+    Args:
+        mean: mean of the Gaussian.
+        std: its standard deviation, not negative.
+
+    Returns:
+        The larger deviation, and std divided by it.
+
+    Example:
+        >>> [part.item() for part in widen(torch.tensor(1.0), torch.tensor(0.5))]
+        [0.5, 1.0]
+    """
+    wide = torch.maximum(std, torch.finfo(std.dtype).eps ** 0.5 * (1.0 + mean.detach().abs()))
+    return wide, std / wide
+
+
+def density(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Density of N(mean, std^2).
+
+    Example:
+        >>> round(density(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(2.0)).item(), 6)
+        0.199471
+    """
+    return pdf((z - mean) / std) / std
+
+
 def truncated(lower: Tensor | None, upper: Tensor | None, order: int) -> list[Tensor]:
     """Moments of a truncated standard Gaussian, M_k = E[X^k; lower < X < upper] for k = 0 ... order.
 

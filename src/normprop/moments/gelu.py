@@ -39,7 +39,8 @@ def gelu(mean: Tensor, std: Tensor) -> Moments:
     Write m, s for mean and std, d = 1 + s^2, e = 1 + 2 s^2, h = m / sqrt(d), k = h / sqrt(e), P = cdf(Z).
     Integration by parts gives E[Z P] = m cdf(h) + s^2 a with a = pdf(h) / sqrt(d), and
 
-        Var = s^2 cdf(h)^2 + (m^2 + s^2) Var P + 2 m s^2 a (2 cdf(k) - cdf(h)) + s^4 (2 E[pdf(Z)^2] - 2 E[Z P pdf(Z)] - a^2)
+        Var = s^2 cdf(h)^2 + (m^2 + s^2) Var P + 2 m s^2 a (2 cdf(k) - cdf(h))
+            + s^4 (2 E[pdf(Z)^2] - 2 E[Z P pdf(Z)] - a^2)
 
     in which the large terms m^2 cdf(h)^2 have already gone: every term left is of order s^2.
 

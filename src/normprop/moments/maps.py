@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from normprop.errors import ConfigError, MomentError
-from normprop.moments.quadrature import Function, Shape, adaptive, slope
+from normprop.moments.adaptive import adaptive
+from normprop.moments.quadrature import Function, Shape, slope
 from normprop.moments.rule import Activation, Rule, of, resolve
 from normprop.moments.value import Value
 
@@ -102,7 +103,7 @@ def correlation(c: float, activation: Activation = "relu", gain: float = 1.0, q:
     rule, std = resolve(activation), abs(gain) * math.sqrt(q)
     other, centre = _given(rule, c, std), of(rule).mean
     # E[f(V) | U = u] is the mean of f at N(c u, (1 - c^2) std^2), which leaves one integral.
-    total = _expectation(lambda u: (rule.function(u) - centre) * (other(c * u) - centre), std, rule)
+    total = _expectation(lambda u: (rule.function(u.clone()) - centre) * (other(c * u) - centre), std, rule)
     return total / (float(second_moment(q, rule, gain)) * float(of(rule).var))
 
 
@@ -137,9 +138,10 @@ def correlation_slope(c: float, activation: Activation = "relu", gain: float = 1
 
 @torch.no_grad()
 def backward_growth(activation: Activation = "relu", gain: float = 1.0, q: float = 1.0) -> float:
-    """Factor by which a layer multiplies the mean squared gradient on its way back, gain^2 E[f'(gain sqrt(q) X)^2] / c1^2.
+    """Factor by which a layer multiplies the mean squared gradient on its way back.
 
-    Its root at q = 1 is the Jacobian factor, whose reciprocal the paper uses as initial gain.
+    It is gain^2 E[f'(gain sqrt(q) X)^2] / c1^2. Its root at q = gain = 1 is the Jacobian factor, whose reciprocal the
+    paper uses as initial gain.
 
     Args:
         activation: see :func:`normprop.moments.resolve`.

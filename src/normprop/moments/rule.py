@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.errors import ConfigError, MomentError
-from normprop.moments.exponential import exponential
-from normprop.moments.gelu import erf, gelu
-from normprop.moments.piecewise import hardsigmoid, hardswish, hardtanh, rectifier
-from normprop.moments.quadrature import UNKNOWN, Shape, adaptive, fixed
+from normprop.errors import ConfigError
+from normprop.moments.adaptive import adaptive
+from normprop.moments.quadrature import UNKNOWN, Shape, fixed
+from normprop.moments.table import ROWS, Formula, Row
 from normprop.moments.value import Moments, Value
-
-Formula = Callable[[Tensor, Tensor], Moments]
-Integrator = Callable[[Tensor, Tensor], Moments]
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Rule:
 Activation = str | Callable[[Tensor], Tensor] | Rule | None
 
 
-def _compute(rule: Rule, integrate: Integrator, mean: Value, std: Value) -> Moments:
+def _compute(rule: Rule, integrate: Formula, mean: Value, std: Value) -> Moments:
     """Bring numbers and tensors to float64 for the formula, and its results back to the type of the input."""
     inputs = [value for value in (mean, std) if isinstance(value, Tensor)]
     reference = inputs or (_parameters(rule.function) if rule.learnable else [])
@@ -84,12 +79,14 @@ def _compute(rule: Rule, integrate: Integrator, mean: Value, std: Value) -> Mome
         for value in (mean, std)
     )
     result = integrate(mean, std)
-    fields = (result.mean, result.var, result.squared_derivative)
     if not reference:
-        return Moments(*(float(field) for field in fields), error=result.error)
+        return Moments(float(result.mean), float(result.var), float(result.squared_derivative), result.error)
     target = functools.reduce(torch.promote_types, (value.dtype for value in reference), torch.float32)
-    converted = (field.to(target) if isinstance(field, Tensor) else field for field in fields)
-    return Moments(*converted, error=result.error)
+    mean, var, squared_derivative = (
+        field.to(target) if isinstance(field, Tensor) else field
+        for field in (result.mean, result.var, result.squared_derivative)
+    )
+    return Moments(mean, var, squared_derivative, result.error)
 
 
 def _parameters(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -142,137 +139,19 @@ def of(activation: Activation, mean: Value = 0.0, std: Value = 1.0) -> Moments:
     return rule.moments(mean, std)
 
 
-# What follows are the laws: each takes the parameters of torch's own function by name, and returns a closed form or
-# the shape that quadrature needs.
+_BY_MODULE = {row.module: row for row in ROWS if row.module is not None}
+_BY_FUNCTION = {function: row for row in ROWS for function in row.functions}
+_ARGUMENTS = {row.name: tuple(inspect.signature(row.law).parameters) for row in ROWS}
 
 
-def _relu() -> Formula:
-    return rectifier
-
-
-def _leaky_relu(negative_slope: float = 0.01) -> Formula:
-    return functools.partial(rectifier, slope=float(negative_slope))
-
-
-def _prelu(weight: Tensor) -> Formula:
-    return functools.partial(_parametric, weight)
-
-
-def _parametric(weight: Tensor, mean: Tensor, std: Tensor) -> Moments:
-    slope = weight.to(mean.dtype)
-    return rectifier(mean, std, slope.reshape(()) if slope.numel() == 1 else slope)
-
-
-def _absolute() -> Formula:
-    return functools.partial(rectifier, slope=-1.0)
-
-
-def _identity() -> Formula:
-    return _unchanged
-
-
-def _unchanged(mean: Tensor, std: Tensor) -> Moments:
-    mean, std = torch.broadcast_tensors(mean, std)
-    return Moments(mean, std * std, torch.ones_like(mean))
-
-
-def _elu(alpha: float = 1.0) -> Formula:
-    return functools.partial(exponential, height=float(alpha))
-
-
-def _celu(alpha: float = 1.0) -> Formula:
-    return functools.partial(exponential, height=float(alpha), scale=float(alpha))
-
-
-def _selu() -> Formula:
-    # Klambauer et al., Self-Normalizing Neural Networks, NeurIPS 2017: moments (0, 1) are a fixed point.
-    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-    return functools.partial(exponential, height=alpha * scale, slope=scale)
-
-
-def _gelu(approximate: str = "none") -> Formula | Shape:
-    return gelu if approximate == "none" else Shape()
-
-
-def _erf() -> Formula:
-    return erf
-
-
-def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Formula:
-    return functools.partial(hardtanh, min_val=float(min_val), max_val=float(max_val))
-
-
-def _relu6() -> Formula:
-    return functools.partial(hardtanh, min_val=0.0, max_val=6.0)
-
-
-def _hardsigmoid() -> Formula:
-    return hardsigmoid
-
-
-def _hardswish() -> Formula:
-    return hardswish
-
-
-def _smooth() -> Shape:
-    return Shape()
-
-
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Shape:
-    return Shape(breaks=tuple(sorted((0.0, threshold / beta))), scale=1.0 / abs(beta))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One activation: torch's function (then its other spellings), torch's module, the law."""
-
-    name: str
-    functions: tuple[Callable[..., Tensor], ...]
-    module: type[nn.Module] | None
-    law: Callable[..., Formula | Shape]
-    homogeneous: bool = False
-
-
-def _same(z: Tensor) -> Tensor:
-    """The identity."""
-    return z
-
-
-_ROWS = (
-    _Row("identity", (_same,), nn.Identity, _identity, True),
-    _Row("relu", (F.relu, torch.relu, torch.relu_, Tensor.relu, F.relu_), nn.ReLU, _relu, True),
-    _Row("leaky_relu", (F.leaky_relu, F.leaky_relu_), nn.LeakyReLU, _leaky_relu, True),
-    _Row("prelu", (F.prelu, torch.prelu, Tensor.prelu), nn.PReLU, _prelu, True),
-    _Row("abs", (torch.abs, torch.absolute, Tensor.abs, abs), None, _absolute, True),
-    _Row("elu", (F.elu, F.elu_), nn.ELU, _elu),
-    _Row("celu", (F.celu, torch.celu), nn.CELU, _celu),
-    _Row("selu", (F.selu, torch.selu), nn.SELU, _selu),
-    _Row("gelu", (F.gelu,), nn.GELU, _gelu),
-    _Row("erf", (torch.erf, torch.special.erf, Tensor.erf), None, _erf),
-    _Row("hardtanh", (F.hardtanh, F.hardtanh_), nn.Hardtanh, _hardtanh),
-    _Row("relu6", (F.relu6,), nn.ReLU6, _relu6),
-    _Row("hardsigmoid", (F.hardsigmoid,), nn.Hardsigmoid, _hardsigmoid),
-    _Row("hardswish", (F.hardswish,), nn.Hardswish, _hardswish),
-    _Row("sigmoid", (torch.sigmoid, F.sigmoid, torch.special.expit, Tensor.sigmoid), nn.Sigmoid, _smooth),
-    _Row("tanh", (torch.tanh, F.tanh, Tensor.tanh), nn.Tanh, _smooth),
-    _Row("silu", (F.silu,), nn.SiLU, _smooth),
-    _Row("softplus", (F.softplus,), nn.Softplus, _softplus),
-    _Row("mish", (F.mish,), nn.Mish, _smooth),
-    _Row("softsign", (F.softsign,), nn.Softsign, _smooth),
-)
-_BY_MODULE = {row.module: row for row in _ROWS if row.module is not None}
-_BY_FUNCTION = {function: row for row in _ROWS for function in row.functions}
-_ARGUMENTS = {row.name: tuple(inspect.signature(row.law).parameters) for row in _ROWS}
-
-
-def _rule(row: _Row, function: Callable[[Tensor], Tensor], arguments: Mapping[str, Any], name: str = "") -> Rule:
+def _rule(row: Row, function: Callable[[Tensor], Tensor], arguments: Mapping[str, Any], name: str = "") -> Rule:
     """The rule of a row for given parameters."""
     return Rule(name or row.name, function, row.law(**arguments), row.homogeneous, bool(_parameters(function)))
 
 
 def _named() -> dict[str, Rule]:
     """The rules that have a name, with torch's default parameters."""
-    rules = {row.name: _rule(row, row.functions[0], {}) for row in _ROWS if row.name != "prelu"}
+    rules = {row.name: _rule(row, row.functions[0], {}) for row in ROWS if row.name != "prelu"}
     quarter = functools.partial(F.leaky_relu, negative_slope=0.25)  # torch.nn.PReLU() before it has learned
     tanh_form = functools.partial(F.gelu, approximate="tanh")
     rules["prelu"] = _rule(_BY_FUNCTION[F.leaky_relu], quarter, quarter.keywords, "prelu")

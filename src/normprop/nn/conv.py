@@ -35,7 +35,8 @@ class Conv1d(NormPropLayer, nn.Conv1d):
     _spatial_dims = 1
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self._conv_forward(input, weight, bias)
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output
 
 
 class Conv2d(NormPropLayer, nn.Conv2d):
@@ -64,7 +65,8 @@ class Conv2d(NormPropLayer, nn.Conv2d):
     _spatial_dims = 2
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self._conv_forward(input, weight, bias)
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output
 
 
 class Conv3d(NormPropLayer, nn.Conv3d):
@@ -93,4 +95,5 @@ class Conv3d(NormPropLayer, nn.Conv3d):
     _spatial_dims = 3
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self._conv_forward(input, weight, bias)
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output

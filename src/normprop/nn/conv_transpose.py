@@ -20,7 +20,7 @@ class _TransposedLayer(NormPropLayer):
     _conv_transpose: ClassVar[Callable[..., Tensor]]
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor, output_size: list[int] | None = None) -> Tensor:
-        output_padding = self._output_padding(
+        output_padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, self._spatial_dims, self.dilation
         )
         return self._conv_transpose(

@@ -37,10 +37,10 @@ class NormPropLayer(nn.Module):
     Mixed into torch's own layer classes, which bring ``weight``, ``bias`` and the linear map.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     gain: nn.Parameter
-    groups: int = 1
+    groups: Any = 1
     _transposed: bool = False
     _spatial_dims: int = 0
 
@@ -101,7 +101,8 @@ class NormPropLayer(nn.Module):
     @property
     def _phases(self) -> int:
         """Output phases of a transposed convolution: each sees its share of a filter's taps, 1 / phases on average."""
-        return math.prod(self.stride) if self._transposed else 1
+        stride: Any = self.stride if self._transposed else ()
+        return math.prod(stride)
 
     def _constants(self, rule: M.Rule) -> Normalization:
         """Work out what surrounds the linear map."""

@@ -14,7 +14,7 @@ _BAND = 0.87  # share of a plot's height below the band of diverged runs
 def by_batch(results: Results) -> list[Figure]:
     """Test error at the best learning rate against batch size, a line for each method."""
     batches = sorted(results.batch_sizes)
-    if len(batches) == len(results.methods) == 1:
+    if len(batches) * len(results.methods) < 2:
         return []
     traces = []
     for index, name, mark in styled(results):
@@ -48,7 +48,7 @@ def by_rate(results: Results) -> list[Figure]:
     """Validation error against learning rate, a plot for each batch size; diverged runs in a band on top."""
     has_band = any(trial["status"] == "diverged" for trial in results.trials)
     figures = []
-    for batch in sorted(results.batch_sizes):
+    for batch in sorted(results.batch_sizes) if results.lrs else []:
         points = [
             [point for lr in sorted(results.lrs) if (point := _point(results, name, batch, lr))]
             for name in results.methods

@@ -124,6 +124,10 @@ def read(document: object) -> Results:
                 f"trials[{index}] of the results document has status {trial['status']!r}; "
                 f"expected one of {', '.join(STATUSES)}"
             )
+    for name in ("batch_sizes", "lrs"):
+        for value in whole[name]:
+            if not isinstance(value, _NUMBER) or value <= 0:
+                raise ConfigError(f"{name} of the results document holds {value!r}; expected numbers above zero")
     groups: dict[tuple[str, int], list[Row]] = {}
     for trial in whole["trials"]:
         groups.setdefault((trial["method"], trial["batch_size"]), []).append(trial)

@@ -101,9 +101,9 @@ def state(results: Results, method: str, batch_size: int) -> str:
     cell = results.cell(method, batch_size)
     if cell.get("error_mean") is not None:
         return "error"
-    if cell.get("impossible"):
-        return "impossible"
     trials = results.runs(method, batch_size)
+    if cell.get("impossible") or any(trial["status"] == "impossible" for trial in trials):
+        return "impossible"
     if any(trial["status"] not in FINISHED for trial in trials):
         return "waiting"
     if any(trial["status"] == "diverged" for trial in trials):

@@ -28,14 +28,14 @@ def seed(value: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators in plain containers.
+    """Return the state of Python's, NumPy's and torch's generators, that of a GPU in use included.
 
     Returns:
         A dict for :func:`restore` that ``torch.load(weights_only=True)`` reads back.
 
     Example:
-        >>> sorted(capture())[-2:]
-        ['python', 'torch']
+        >>> {"numpy", "python", "torch"} <= set(capture())
+        True
     """
     kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
@@ -43,8 +43,8 @@ def capture() -> dict[str, Any]:
         "numpy": (kind, [int(key) for key in keys], *rest),
         "torch": torch.get_rng_state(),
     }
-    if torch.accelerator.is_available():
-        state["accelerator"] = torch.get_device_module().get_rng_state()
+    if (accelerator := _accelerator()) is not None:
+        state["accelerator"] = accelerator.get_rng_state()
     return state
 
 
@@ -66,8 +66,15 @@ def restore(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "accelerator" in state and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(state["accelerator"])
+    if "accelerator" in state and (accelerator := _accelerator()) is not None:
+        accelerator.set_rng_state(state["accelerator"])
+
+
+def _accelerator() -> Any:
+    """Return torch's module of the accelerator in use; asking an idle GPU for its state would start it up."""
+    if torch.cuda.is_initialized():
+        return torch.cuda
+    return torch.mps if torch.backends.mps.is_available() else None
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A network in training: one epoch of updates, its measurement, and its whole state."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -107,8 +106,13 @@ class Run:
         """
         smallest = max(1, min(self.sizes) // self.fabric.world_size)
         images, _ = next(batches(self.dataset.train, smallest, shuffle=False))
-        with random_state.preserved(), torch.no_grad(), self.fabric.autocast():
-            copy.deepcopy(self.model).train()(images.to(self.dtype))
+        buffers = [
+            (part, name, b, b.clone()) for part in self.model.modules() for name, b in part.named_buffers(recurse=False)
+        ]
+        with random_state.preserved(), torch.no_grad():
+            self._logits(self.model, images)
+            for part, name, buffer, value in buffers:
+                setattr(part, name, buffer.copy_(value))
 
     def train_epoch(self) -> str | None:
         """Make one pass over the training images; return the reason if the run has diverged."""

@@ -73,14 +73,15 @@
 
   function layoutOf(figure, width) {
     const layout = structuredClone(figure.layout);
+    const family = getComputedStyle(document.body).fontFamily;
     Object.assign(layout, {
       width,
       height: figure.height,
       margin: { l: 44, r: 10, t: layout.annotations ? 22 : 10, b: 46, pad: 2 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: theme.muted },
-      hoverlabel: { bgcolor: theme.raised, font: { color: theme.text, size: 13 }, align: "left" },
+      font: { family, size: 13, color: theme.muted },
+      hoverlabel: { bgcolor: theme.raised, font: { family, color: theme.text, size: 13 }, align: "left" },
       hovermode: "closest",
       showlegend: false,
       dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
