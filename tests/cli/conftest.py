@@ -51,7 +51,7 @@ def start():
     for process in processes:
         if process.poll() is None:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Independent truth: mpmath quadrature of textbook definitions, in 30 digits, with panels at every break point."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -166,7 +167,7 @@ CASES = {
 @functools.cache
 def _nodes():
     with mp.workdps(DIGITS):
-        return [(x, w) for x, w in GaussLegendre(mp.mp).calc_nodes(5, mp.mp.prec)]
+        return [(x, w) for x, w in GaussLegendre(mp.mp).calc_nodes(4, mp.mp.prec)]
 
 
 @functools.cache
@@ -180,7 +181,7 @@ def _truth(name, mean, std):
         edges = sorted(edges)
         centre = case.value(m)
         first = second = squared = mp.mpf(0)
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in itertools.pairwise(edges):
             half, middle = (high - low) / 2, (high + low) / 2
             for node, weight in _nodes():
                 x = middle + half * node
@@ -203,6 +204,8 @@ def cases():
 
 
 def pytest_generate_tests(metafunc):
-    """A test that asks for `case_name` runs for every activation."""
+    """A test that asks for `case_name` runs for every activation, for `known_name` without those with unknown kinks."""
     if "case_name" in metafunc.fixturenames:
         metafunc.parametrize("case_name", list(CASES))
+    if "known_name" in metafunc.fixturenames:
+        metafunc.parametrize("known_name", [name for name in CASES if name not in ("softshrink", "step")])

@@ -26,9 +26,8 @@ TABLE_A = {
 
 # Means and deviations: tiny, ordinary and huge deviations; |mean| / std from 0 to 30, on both sides of kinks.
 GRID = [
-    (0.0, 1e-6), (1.0, 1e-6), (-1.0, 1e-6), (2e-6, 1e-6), (3e-5, 1e-6), (-1e-3, 1e-3), (0.5, 1e-3), (1.5, 0.05),
-    (-2.0, 0.25), (3.0, 0.5), (0.7, 1.0), (-8.0, 1.0), (8.0, 1.0), (30.0, 1.0), (-5.0, 4.0), (0.0, 30.0),
-    (240.0, 8.0), (-90.0, 30.0), (900.0, 30.0), (-900.0, 30.0),
+    (0.0, 1e-6), (1.0, 1e-6), (-1.0, 1e-6), (3e-5, 1e-6), (2e-6, 1e-6), (0.5, 1e-3), (-1e-3, 1e-3), (1.5, 0.05),
+    (-8.0, 1.0), (3.0, 0.5), (8.0, 1.0), (30.0, 1.0), (0.0, 30.0), (240.0, 8.0), (-90.0, 30.0), (-900.0, 30.0),
 ]  # fmt: skip
 
 
@@ -66,7 +65,8 @@ def stable(name, got, mean, std, truth, relative):
     assert close(got[0], true_mean, relative * 1e-3, relative * deviation + 1e-30), f"mean at {mean}, {std}"
     assert float(got[1]) >= 0.0
     if true_var > 1e-30:
-        assert close(got[1], true_var, relative, 0), f"var at {mean}, {std}"
+        rounding = 4 * mp.mpf(2) ** -52 * abs(true_mean) / deviation  # of the values of a saturated function
+        assert close(got[1], true_var, relative + rounding, 0), f"var at {mean}, {std}"
     if true_squared > 1e-15:
         assert close(got[2], true_squared, relative, 0), f"squared derivative at {mean}, {std}"
 
@@ -82,7 +82,7 @@ def test_stable_in_single(case_name, cases, truth):
     means, stds = torch.tensor(GRID, dtype=torch.float32).unbind(1)
     result = of(cases[case_name].activation, means, stds)
     for i, (mean, std) in enumerate(zip(means.tolist(), stds.tolist(), strict=True)):
-        if i % 2:  # half the points: each needs a truth of its own, at the rounded position
+        if i % 3:  # a third of the points: each needs a truth of its own, at the rounded position
             continue
         assert result.mean.dtype == result.var.dtype == result.squared_derivative.dtype == torch.float32
         stable(case_name, [field[i] for field in fields(result)], mean, std, truth, 1e-3)
@@ -108,15 +108,18 @@ def test_point_mass(case_name, cases):
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
-@pytest.mark.parametrize("checked", [True, False])
-def test_gradients_of_gradcheck(case_name, cases, checked):
-    activation = cases[case_name].activation
+def check_gradients(function):
     mean = torch.tensor([-1.3, 0.0, 0.2, 2.1], dtype=torch.float64, requires_grad=True)
     std = torch.tensor([0.4, 1.0, 0.7, 1.9], dtype=torch.float64, requires_grad=True)
-    function = (lambda m, s: of(activation, m, s)) if checked else resolve(activation).moments
-    # The finite differences see the quadrature error of the unchecked rule, at kinks that it does not know.
-    loose = not checked and case_name in ("softshrink", "step")
-    assert torch.autograd.gradcheck(lambda m, s: fields(function(m, s)), (mean, std), atol=3e-2 if loose else 1e-5)
+    assert torch.autograd.gradcheck(lambda m, s: fields(function(m, s)), (mean, std))
+
+
+def test_gradients_of_the_checked_rule(case_name, cases):
+    check_gradients(lambda mean, std: of(cases[case_name].activation, mean, std))
+
+
+def test_gradients_of_the_unchecked_rule(known_name, cases):
+    check_gradients(resolve(cases[known_name].activation).moments)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.3, 0.8), (-1.2, 0.5)])
@@ -125,7 +128,8 @@ def test_gradients_of_the_truth(case_name, cases, truth, mean, std):
     inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mean, std)]
     result = of(cases[case_name].activation, *inputs)
     for which, field in enumerate(fields(result)):
-        gradient = torch.autograd.grad(field, inputs, retain_graph=True, allow_unused=True)
+        constant = not field.requires_grad
+        gradient = (0.0, 0.0) if constant else torch.autograd.grad(field, inputs, retain_graph=True, allow_unused=True)
         for i, got in enumerate(gradient):
             up, down = (
                 truth(case_name, mean + sign * step * (i == 0), std + sign * step * (i == 1)) for sign in (1, -1)
@@ -135,10 +139,8 @@ def test_gradients_of_the_truth(case_name, cases, truth, mean, std):
 
 
 @pytest.mark.parametrize("std", [0.05, 0.3, 1.0, 3.0, 8.0])
-def test_unchecked_rule_follows_the_checked_one(case_name, cases, std):
-    if case_name in ("softshrink", "step"):
-        pytest.skip("kinks that the fixed rule does not know")
-    activation = cases[case_name].activation
+def test_unchecked_rule_follows_the_checked_one(known_name, cases, std):
+    activation = cases[known_name].activation
     mean = std * torch.linspace(-3.0, 3.0, 7, dtype=torch.float64)
     checked, unchecked = of(activation, mean, torch.tensor(std)), resolve(activation).moments(mean, std)
     deviation = checked.var.sqrt()
@@ -156,7 +158,8 @@ def test_every_spelling_gives_the_same(case_name, cases):
     for spelling in case.same:
         result = of(spelling, 0.3, 1.7)
         for got, true in zip(fields(result), fields(expected), strict=True):
-            assert float(got) == pytest.approx(true, rel=1e-6 if isinstance(spelling, nn.PReLU) else 1e-12)
+            got = float(got.detach() if isinstance(got, torch.Tensor) else got)
+            assert got == pytest.approx(true, rel=1e-6 if isinstance(spelling, nn.PReLU) else 1e-12)
         z = torch.linspace(-4.0, 4.0, 9)
         torch.testing.assert_close(resolve(spelling).function(z.clone()), resolve(case.activation).function(z.clone()))
 

@@ -38,7 +38,19 @@ def test_any_elementwise_function(function, mean, var, squared_derivative):
     assert result.error < 1e-5
 
 
-def test_grows_at_large_deviations():
+@pytest.mark.parametrize("offset", [0.0, 1e-9, 1e-6, 1e-4, 1e-3, 3e-3, 0.05])
+@pytest.mark.parametrize("edge", [-1.0, 0.0, 0.5, 2.0])
+def test_jumps_anywhere_are_found(edge, offset):
+    threshold = edge + offset
+    above = 0.5 * math.erfc(threshold / math.sqrt(2))
+    result = of(lambda z: (z > threshold).double())
+    assert result.mean == pytest.approx(above, rel=1e-10)
+    assert result.var == pytest.approx(above * (1 - above), rel=1e-10)
+    kinked = of(lambda z: F.relu(z - threshold))
+    assert kinked.squared_derivative == pytest.approx(above, rel=1e-10)
+
+
+def test_growth_at_large_deviations():
     assert of(torch.exp, 0.0, 3.0).mean == pytest.approx(math.exp(4.5), rel=1e-10)
     with pytest.raises(MomentError, match="grows too fast"):
         of(torch.exp, 0.0, 8.0)
@@ -53,7 +65,7 @@ def test_grows_at_large_deviations():
         (torch.tan, "singularity"),
         (lambda z: torch.sin(1e6 * z), "oscillates"),
         (torch.sqrt, "not finite, value nan"),
-        (lambda z: torch.sqrt(z.clamp_min(0)), "not finite, value 0.0 and slope"),
+        (lambda z: torch.sqrt(z.clamp_min(0)), "singularity"),
         (nn.Softmax(-1), "depends on the others"),
         (lambda z: z - z.mean(), "depends on the others"),
         (nn.Dropout(), "eval mode"),
@@ -80,12 +92,18 @@ def test_modules_that_work_in_place_leave_the_input_alone():
 
 
 class Swish(nn.Module):
-    def __init__(self, beta):
+    def __init__(self, beta, dtype=torch.float64):
         super().__init__()
-        self.beta = nn.Parameter(torch.tensor(beta, dtype=torch.float64))
+        self.beta = nn.Parameter(torch.tensor(beta, dtype=dtype))
 
     def forward(self, z):
         return z * torch.sigmoid(self.beta * z)
+
+
+def test_parameters_in_single_precision_are_no_obstacle():
+    result, expected = of(Swish(1.0, torch.float32)), of("silu")
+    assert result.var.dtype == torch.float32
+    assert result.var.item() == pytest.approx(expected.var, rel=1e-6)
 
 
 def test_parameters_of_unknown_modules_stay_in_the_graph():

@@ -13,21 +13,32 @@ from normprop.moments import resolve
 class Layer(nn.Module):
     """Scale, shift, activate, normalise: the use that layers make of a rule."""
 
-    def __init__(self, activation):
+    def __init__(self, activation, derivative=True):
         super().__init__()
+        self.derivative = derivative
         self.activation = activation
         self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 6))
         self.bias = nn.Parameter(torch.linspace(-1.0, 1.0, 6))
 
     def forward(self, input):
         rule = resolve(self.activation)
-        moments = rule.moments(self.bias, self.gain.abs())
+        moments = rule.moments(self.bias, self.gain.abs(), derivative=self.derivative)
         output = rule.function(input * self.gain + self.bias)
-        return (output - moments.mean) / moments.var.sqrt() + moments.squared_derivative
+        output = (output - moments.mean) / moments.var.sqrt()
+        return output + moments.squared_derivative if self.derivative else output
 
 
 def swish(z):
     return z * torch.sigmoid(1.5 * z)
+
+
+class Swish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, z):
+        return z * torch.sigmoid(self.beta * z)
 
 
 ACTIVATIONS = {
@@ -40,6 +51,7 @@ ACTIVATIONS = {
     "leaky": nn.LeakyReLU(0.2),
     "softplus": nn.Softplus(2.0),
     "own": swish,
+    "own_learnable": Swish(),
 }
 every = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 
@@ -55,13 +67,14 @@ def test_compiles_without_graph_breaks(activation):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected, got = layer(input), compiled(input)
     torch.testing.assert_close(got, expected)
-    for one, other in zip(*(torch.autograd.grad(y.square().sum(), [*layer.parameters()]) for y in (expected, got))):
+    gradients = (torch.autograd.grad(output.square().sum(), [*layer.parameters()]) for output in (expected, got))
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 def test_exports(activation):
-    layer, input = Layer(activation), torch.linspace(-2.0, 2.0, 24).reshape(4, 6)
+    layer, input = Layer(activation, derivative=False), torch.linspace(-2.0, 2.0, 24).reshape(4, 6)
     torch.testing.assert_close(torch.export.export(layer, (input,)).module()(input), layer(input))
 
 
@@ -70,7 +83,7 @@ def test_per_sample_gradients(activation):
     layer, input = Layer(activation), torch.linspace(-2.0, 2.0, 18).reshape(3, 6)
 
     def loss(values, sample):
-        return torch.func.functional_call(layer, values, (sample,)).square().sum()
+        return torch.func.functional_call(layer, values, (sample[None],)).square().sum()
 
     together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters(layer), input)
     for i, sample in enumerate(input):

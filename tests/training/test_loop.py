@@ -263,12 +263,27 @@ def test_batch_norm_on_one_sample_is_refused_before_any_training(blobs, batch_si
         assert fit(partial(network, "batch"), data, config).status == "complete"
 
 
-def test_rehearsal_leaves_no_trace_in_batch_statistics(blobs):
+def test_rehearsal_leaves_no_trace(blobs):
+    """Neither in batch statistics nor in the random numbers that dropout draws."""
+    states = []
+
+    class Peek(nn.Module):
+        def forward(self, x):
+            if self.training and torch.is_grad_enabled():
+                states.append(torch.get_rng_state())
+            return x
+
     def build():
-        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16, momentum=None), nn.Linear(16, 3))
+        model = nn.Sequential(
+            nn.Flatten(), Peek(), nn.BatchNorm1d(16, momentum=None), nn.Dropout(0.5), nn.Linear(16, 3)
+        )
+        states.append(torch.get_rng_state())
+        return model
 
     result = fit(build, blobs, TrainConfig(**{**vars(CONFIG), "data_norm": "none", "epochs": 1}))
-    assert result.model[1].num_batches_tracked == 8
+    assert result.model[2].num_batches_tracked == 8
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[1], states[2])
 
 
 def test_callers_random_numbers_are_not_disturbed(blobs):

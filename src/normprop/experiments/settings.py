@@ -109,11 +109,11 @@ class Settings:
             del training[name]
         return {
             "data": dataset.name,
-            "data_checksum": f"{checksum:08x}",
             "model": self.model,
             "width": self.width,
             "train": len(dataset.train.labels),
             "validation": len(dataset.validation.labels),
             "test": len(dataset.test.labels),
             **training,
+            "data_checksum": f"{checksum:08x}",
         }

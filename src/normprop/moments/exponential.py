@@ -42,31 +42,35 @@ def exponential(mean: Tensor, std: Tensor, height: float = 1.0, scale: float = 1
     first = constant * p + linear * px
     second = constant * constant * p + 2.0 * constant * linear * px + linear * linear * pxx
 
-    # Negative side.
-    amplitude = height * torch.exp(below / scale)
-    offset = centre - height * torch.expm1(below / scale)
+    # Negative side: A = height * rise.
+    origin = below / scale
+    rise, offset = torch.exp(origin), centre - height * torch.expm1(origin)
     below_zero = truncated(None, -t, 4)
     j0 = below_zero[0]
-    j1, j2, square = _expm1_moments(t, s, shift, below_zero)
-    first = first + amplitude * j1 - offset * j0
-    second = second + amplitude * amplitude * j2 - 2.0 * amplitude * offset * j1 + offset * offset * j0
+    j1, j2, square = _expm1_moments(t, s, origin, shift, rise, below_zero)
+    first = first + height * j1 - offset * j0
+    second = second + height * height * j2 - 2.0 * height * offset * j1 + offset * offset * j0
 
-    squared_derivative = slope * slope * p + (amplitude / scale) ** 2 * square
+    squared_derivative = slope * slope * p + (height / scale) ** 2 * square
     return Moments(centre + first, (second - first * first).clamp_min(0.0), squared_derivative)
 
 
-def _expm1_moments(t: Tensor, s: Tensor, shift: Tensor, m: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """E[exp(y) - 1], E[(exp(y) - 1)^2] and E[exp(2 y)] over x < -t, for y = shift + s x; m are the moments there."""
-    single = torch.exp(shift + 0.5 * s * s + torch.special.log_ndtr(-t - s))
-    double = torch.exp(2.0 * (shift + s * s) + torch.special.log_ndtr(-t - 2.0 * s))
+def _expm1_moments(
+    t: Tensor, s: Tensor, origin: Tensor, shift: Tensor, rise: Tensor, m: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E[r (e^y - 1)], E[r^2 (e^y - 1)^2], E[r^2 e^2y] over x < -t, for y = shift + s x, r = rise = e^origin.
+
+    The last argument holds the moments of x there.
+    """
+    single = torch.exp(origin + shift + 0.5 * s * s + torch.special.log_ndtr(-t - s))
+    double = torch.exp(2.0 * (origin + shift + s * s) + torch.special.log_ndtr(-t - 2.0 * s))
     # Taylor series in s x, whose error of order s^3 meets the rounding of the differences, 1 / s^2, at eps^(1/5).
     less, e = torch.expm1(shift), torch.exp(shift)
     x1, x2, x3, x4 = s * m[1], s * s * m[2] / 2.0, s**3 * m[3] / 6.0, s**4 * m[4] / 24.0
+    mixed = less * x1 + (2.0 * e - 1.0) * x2 + (4.0 * e - 1.0) * x3 + (8.0 * e - 1.0) * x4
     series1 = less * m[0] + e * (x1 + x2 + x3 + x4)
-    series2 = less * less * m[0] + 2.0 * e * (
-        less * x1 + (2.0 * e - 1.0) * x2 + (4.0 * e - 1.0) * x3 + (8.0 * e - 1.0) * x4
-    )
+    series2 = less * less * m[0] + 2.0 * e * mixed
     tiny = s < torch.finfo(s.dtype).eps ** 0.2
-    j1 = torch.where(tiny, series1, single - m[0])
-    j2 = torch.where(tiny, series2, double - 2.0 * single + m[0])
+    j1 = torch.where(tiny, rise * series1, single - rise * m[0])
+    j2 = torch.where(tiny, rise * rise * series2, double - 2.0 * rise * single + rise * rise * m[0])
     return j1, j2, double

@@ -11,7 +11,7 @@ from torch import Tensor
 from normprop.errors import ConfigError, MomentError
 from normprop.moments.adaptive import adaptive
 from normprop.moments.quadrature import Function, Shape, slope
-from normprop.moments.rule import Activation, Rule, of, resolve
+from normprop.moments.rule import Activation, Rule, of, resolve, widened
 from normprop.moments.value import Value
 
 
@@ -101,9 +101,9 @@ def correlation(c: float, activation: Activation = "relu", gain: float = 1.0, q:
         [0.0, 0.42642, 0.8673, 1.0]
     """
     rule, std = resolve(activation), abs(gain) * math.sqrt(q)
-    other, centre = _given(rule, c, std), of(rule).mean
+    function, other, centre = widened(rule.function), _given(rule, c, std), of(rule).mean
     # E[f(V) | U = u] is the mean of f at N(c u, (1 - c^2) std^2), which leaves one integral.
-    total = _expectation(lambda u: (rule.function(u.clone()) - centre) * (other(c * u) - centre), std, rule)
+    total = _expectation(lambda u: (function(u.clone()) - centre) * (other(c * u) - centre), std, rule)
     return total / (float(second_moment(q, rule, gain)) * float(of(rule).var))
 
 
@@ -131,8 +131,8 @@ def correlation_slope(c: float, activation: Activation = "relu", gain: float = 1
         (0.7334711, 1.46694)
     """
     rule, std = resolve(activation), abs(gain) * math.sqrt(q)
-    other = _given(rule, c, std)
-    total = _expectation(lambda u: slope(rule.function, u) * slope(other, c * u), std, rule)
+    function, other = widened(rule.function), _given(rule, c, std)
+    total = _expectation(lambda u: slope(function, u) * slope(other, c * u), std, rule)
     return std * std * total / (float(second_moment(q, rule, gain)) * float(of(rule).var))
 
 
@@ -170,7 +170,7 @@ def _given(rule: Rule, c: float, std: float) -> Function:
     if not -1.0 <= c <= 1.0:
         raise ConfigError(f"a correlation is between -1 and 1, got {c}")
     if abs(c) == 1.0:
-        return rule.function
+        return widened(rule.function)
     left = std * math.sqrt((1.0 - c) * (1.0 + c))
     return lambda mean: torch.as_tensor(rule.moments(mean, left, derivative=False).mean)
 

@@ -8,7 +8,7 @@ import torch
 
 from normprop.errors import ConfigError
 from normprop.moments.gaussian import cdf, legendre, pdf
-from normprop.moments.rule import Activation, of, resolve
+from normprop.moments.rule import Activation, of, resolve, widened
 from normprop.moments.value import Moments
 
 
@@ -93,7 +93,7 @@ def max_pool_of(k: int, activation: Activation, mean: float = 0.0, std: float = 
     """
     _check(k, rho, 0.0)
     of(activation, mean, std)  # checks it
-    function = resolve(activation).function
+    function = widened(resolve(activation).function)
     if rho == 0.0:
         shared, share = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     else:  # Z_i = mean + std * (sqrt(rho) * shared + sqrt(1 - rho) * own_i): average over what they share

@@ -45,7 +45,8 @@ class Rule:
 
         Tensors give tensors, elementwise after broadcasting, in the type of the input (float32 or better), computed
         in float64 where the device has it. Differentiable in mean and std; no data-dependent control flow.
-        Quadrature places a fixed number of nodes, good to about 1e-7 for smooth activations.
+        Quadrature places a fixed number of nodes: for the activations that have a name the mean is good to about
+        1e-6 standard deviations and the variance to 1e-5 of itself, much better near std 1; :func:`of` is exact.
 
         Args:
             mean: mean of the Gaussian.
@@ -60,7 +61,7 @@ class Rule:
             tensor([0.5000, 0.5000])
         """
         if isinstance(self.law, Shape):
-            integrate = functools.partial(fixed, self.function, shape=self.law, derivative=derivative)
+            integrate = functools.partial(fixed, widened(self.function), shape=self.law, derivative=derivative)
             return _compute(self, integrate, mean, std)
         return _compute(self, self.law, mean, std)
 
@@ -87,6 +88,25 @@ def _compute(rule: Rule, integrate: Formula, mean: Value, std: Value) -> Moments
         for field in (result.mean, result.var, result.squared_derivative)
     )
     return Moments(mean, var, squared_derivative, result.error)
+
+
+def widened(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, with its own parameters, if any, in the type of its input.
+
+    Example:
+        >>> widened(nn.PReLU())(torch.ones(1, dtype=torch.float64)).dtype
+        torch.float64
+    """
+    if isinstance(function, nn.Module) and (_parameters(function) or list(function.buffers())):
+        return functools.partial(_call_wide, function)
+    return function
+
+
+def _call_wide(module: nn.Module, z: Tensor) -> Tensor:
+    """Call a module with its floating-point parameters and buffers in the type of z."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wide = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in state.items()}
+    return torch.func.functional_call(module, wide, (z,))  # type: ignore[no-any-return]
 
 
 def _parameters(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -134,7 +154,7 @@ def of(activation: Activation, mean: Value = 0.0, std: Value = 1.0) -> Moments:
     if bool((torch.as_tensor(std) < 0).any()):
         raise ConfigError(f"std of the Gaussian must not be negative, got {std}")
     if isinstance(rule.law, Shape):
-        integrate = functools.partial(adaptive, rule.function, shape=rule.law, name=rule.name)
+        integrate = functools.partial(adaptive, widened(rule.function), shape=rule.law, name=rule.name)
         return _compute(rule, integrate, mean, std)
     return rule.moments(mean, std)
 
@@ -146,7 +166,14 @@ _ARGUMENTS = {row.name: tuple(inspect.signature(row.law).parameters) for row in 
 
 def _rule(row: Row, function: Callable[[Tensor], Tensor], arguments: Mapping[str, Any], name: str = "") -> Rule:
     """The rule of a row for given parameters."""
-    return Rule(name or row.name, function, row.law(**arguments), row.homogeneous, bool(_parameters(function)))
+    return Rule(name or row.name, function, row.law(**arguments), row.homogeneous)
+
+
+def _late(row: Row, module: nn.Module, mean: Tensor, std: Tensor) -> Moments:
+    """Closed form with the parameters that the module has now: they may be swapped, as torch.func does."""
+    formula = row.law(**{name: getattr(module, name) for name in _ARGUMENTS[row.name]})
+    assert not isinstance(formula, Shape)
+    return formula(mean, std)
 
 
 def _named() -> dict[str, Rule]:
@@ -195,6 +222,9 @@ def resolve(activation: Activation) -> Rule:
         row = _BY_MODULE.get(type(activation))
         if row is None:
             return Rule(type(activation).__name__, activation, UNKNOWN, learnable=bool(_parameters(activation)))
+        if _parameters(activation):
+            law = functools.partial(_late, row, activation)
+            return Rule(row.name, activation, law, row.homogeneous, learnable=True)
         return _rule(row, activation, {name: getattr(activation, name) for name in _ARGUMENTS[row.name]})
     if isinstance(activation, functools.partial):
         row = _BY_FUNCTION.get(activation.func)
