@@ -396,3 +396,21 @@ def test_signature_shows_torchs_arguments_and_ours():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nn.Conv2d(3, 2, 3, 1, 1, activation="relu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", torch.sin, None])
+@recipes
+def test_meta_device_as_a_context(activation, recipe):
+    with torch.device("meta"):
+        layer = nn.Conv2d(3, 4, 3, activation=activation, **recipe)
+    assert layer.gain.is_meta
+    assert layer.initial_gain == nn.Conv2d(3, 4, 3, activation=activation, **recipe).initial_gain
+
+
+def test_meta_device_as_a_context_with_a_learnable_activation():
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2, activation=torch.nn.PReLU())
+        assert nn.Residual(layer, activation=torch.nn.PReLU(), spatial_dims=0).activation.weight.is_meta
+        with pytest.raises(ConfigError, match="meta device"):
+            nn.Linear(3, 2, activation=torch.nn.PReLU(), gain="jacobian")
+    assert layer(torch.randn(4, 3, device="meta")).shape == (4, 2)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -69,8 +68,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table = Table(title=results["title"], title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("batch", justify="right")
     table.add_column("method")
-    for heading in ("test error %", "seeds", "best rate", "diverged rates", "step time"):
-        table.add_column(heading, justify="right")
+    for heading in ("test error %", "best rate", "diverged rates", "step time"):
+        table.add_column(heading, justify="right", no_wrap=heading != "diverged rates")
     order = results["methods"]
     rows = sorted(results["table"], key=lambda row: (row["batch_size"], order.index(row["method"])))
     for batch_size, group in groupby(rows, key=lambda row: row["batch_size"]):
@@ -86,7 +85,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
 def _cells(row: Mapping[str, Any]) -> list[str | Text]:
     """One row's texts, from the method on."""
     if row["impossible"] is not None:
-        return [row["method"], Text("impossible", style="yellow"), "", "", "", ""]
+        return [row["method"], Text("impossible", style="yellow"), "", "", ""]
     error = "-"
     if row["error_mean"] is not None:
         error = f"{100 * row['error_mean']:.2f}"
@@ -95,13 +94,18 @@ def _cells(row: Mapping[str, Any]) -> list[str | Text]:
     rate = "-" if row["best_lr"] is None else f"{row['best_lr']:g}" + ("*" if row["edge"] else " ")
     step_time = "" if row["step_time"] is None else f"{row['step_time']:.2f}"
     diverged = ", ".join(f"{lr:g}" for lr in row["diverged_lrs"])
-    return [row["method"], error, str(row["seeds"] or ""), rate, Text(diverged, style="red"), step_time]
+    return [row["method"], error, rate, Text(diverged, style="red"), step_time]
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     """What the table's marks mean, as far as they occur in it."""
     rows = results["table"]
-    notes = ["Rates chosen by validation error; test error as mean ± standard deviation over seeds, lower is better."]
+    seeds = sorted({row["seeds"] for row in rows if row["seeds"]})
+    notes = []
+    if seeds:
+        counts = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
+        spread = "mean ± standard deviation over" if seeds[-1] > 1 else "from"
+        notes.append(f"Rates chosen by validation error; test error: {spread} {counts} seed{'s'[: seeds[-1] - 1]}.")
     if any(row["step_time"] is not None for row in rows):
         notes.append("Step time: forward, backward and update, as a ratio to the network without normalisation.")
     if any(row["edge"] for row in rows):
@@ -117,11 +121,9 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

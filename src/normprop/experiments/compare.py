@@ -40,15 +40,17 @@ class Progress:
         trials: every trial of the study, those of other shells and machines included.
         seconds: time since this run began.
         workers: number of its workers.
+        timing: whether training is over and step times are being measured.
 
     Example:
-        >>> Progress([], 0.0, 2).workers
-        2
+        >>> Progress([], 0.0, workers=2).timing
+        False
     """
 
     trials: list[TrialRecord]
     seconds: float
     workers: int
+    timing: bool = False
 
 
 def compare(
@@ -88,7 +90,7 @@ def compare(
     dataset = settings.load()
     for combination in grid.combinations():
         settings.config(combination)
-    for method in grid.methods:
+    for method in [*grid.methods, *([BASELINE] if step_time_seconds > 0 else [])]:
         settings.builder(dataset, method)()
     study = Study.create(storage, name, settings.identity(dataset))
     study.enrol(grid.combinations())
@@ -96,8 +98,16 @@ def compare(
     study.annotate(command=command, versions=machine.versions(), machine=machine.describe(accelerator))
     if workers is None:
         workers = machine.cores() if machine.device(accelerator).type == "cpu" else 1
-    _train(study, settings, max(1, min(workers, study.unfinished())), progress)
+    start = time.monotonic()
+    workers = max(1, min(workers, study.unfinished()))
+
+    def report(timing: bool = False) -> None:
+        if progress is not None:
+            progress(Progress(study.trials(), time.monotonic() - start, workers, timing))
+
+    _train(study, settings, workers, report)
     if step_time_seconds > 0:
+        report(timing=True)
         time_steps(study, settings, step_time_seconds)
     return study
 
@@ -128,11 +138,10 @@ def time_steps(study: Study, settings: Settings, seconds: float) -> None:
         study.annotate(step_time=measured)
 
 
-def _train(study: Study, settings: Settings, count: int, progress: Callable[[Progress], None] | None) -> None:
+def _train(study: Study, settings: Settings, count: int, report: Callable[[], None]) -> None:
     """Run worker processes until no trial of the study is left."""
     if not study.unfinished():
         return
-    start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     failures: Any = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // count)
@@ -146,8 +155,7 @@ def _train(study: Study, settings: Settings, count: int, progress: Callable[[Pro
                 workers[name].start()
         alive = dict(workers)
         while alive and study.unfinished():
-            if progress is not None:
-                progress(Progress(study.trials(), time.monotonic() - start, count))
+            report()
             time.sleep(_POLL_SECONDS)
             if not failures.empty():
                 raise failures.get()
@@ -155,10 +163,9 @@ def _train(study: Study, settings: Settings, count: int, progress: Callable[[Pro
                 if not worker.is_alive():
                     del alive[name]
                     study.release(name)
-                    if worker.exitcode == 1:
+                    if worker.exitcode is not None and worker.exitcode > 0:
                         raise WorkerError("a worker failed: its error is printed above; what it trained so far is kept")
-        if progress is not None:
-            progress(Progress(study.trials(), time.monotonic() - start, count))
+        report()
     finally:
         _stop(study, workers)
     if study.unfinished():

@@ -31,6 +31,14 @@ from normprop.moments import Activation, Moments
 Gain = float | Literal["jacobian"]
 
 
+def standard_moments(activation: Activation) -> Moments | None:
+    """Return the checked moments at N(0, 1); ``None`` if the activation has parameters that hold no values yet."""
+    if isinstance(activation, nn.Module) and any(parameter.is_meta for parameter in activation.parameters()):
+        return None
+    with torch.no_grad(), torch.device("cpu"):  # whatever the default device, e.g. meta
+        return M.of(activation)
+
+
 class NormPropLayer(nn.Module):
     """What all NormProp layers share: the gain, the activation and the normalised weight.
 
@@ -68,11 +76,16 @@ class NormPropLayer(nn.Module):
                 f"{name}: center=True subtracts each filter's mean, which leaves nothing of a filter with a "
                 f"single weight (fan-in 1); use center=False here"
             )
-        with torch.no_grad():
-            standard = M.of(activation)
-            self.initial_gain = float(
-                (standard.var / standard.squared_derivative) ** 0.5 if gain == "jacobian" else gain
+        standard = standard_moments(activation)
+        if standard is None and gain == "jacobian":
+            raise ConfigError(
+                f"{name}: gain='jacobian' needs the activation's parameters, but they are on the meta device"
             )
+        if gain == "jacobian" and standard is not None:
+            # One number for the layer, also where a learnable activation has one slope per channel.
+            ratio = torch.as_tensor(standard.var / standard.squared_derivative, dtype=torch.float64, device="cpu")
+            gain = ratio.sqrt().mean().item()
+        self.initial_gain = float(gain)
         # The constants of N(0, 1), unless the activation has parameters of its own: then they belong in the graph.
         self._standard = None if M.resolve(activation).learnable else standard
         units = rows.shape[0] * rows.shape[2]

@@ -2,10 +2,9 @@
 
 from torch import Tensor, nn
 
-from normprop import moments as M
 from normprop.functional import normalized_sum
 from normprop.moments import Activation, Moments
-from normprop.nn.layer import NormPropLayer
+from normprop.nn.layer import NormPropLayer, standard_moments
 
 
 def output_moments(module: nn.Module | None) -> Moments:
@@ -70,7 +69,7 @@ class Residual(nn.Module):
         self.shortcut = shortcut
         self.activation = activation
         self.spatial_dims = spatial_dims
-        M.of(activation)  # refuses at once what cannot be integrated
+        standard_moments(activation)  # refuses at once what cannot be integrated
 
     def forward(self, input: Tensor) -> Tensor:
         """Add branch and skip path, then apply the activation and its normalisation."""
