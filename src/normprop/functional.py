@@ -19,28 +19,6 @@ from normprop.moments import Activation, Moments, Rule, resolve
 MomentKind = Literal["fixed", "live"]
 
 
-def filters(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
-    """View a weight as (groups, fan-in, filters per group, kernel), so that one filter spans the axes 1 and 3.
-
-    Args:
-        weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) of a transposed convolution.
-        groups: number of groups of the convolution.
-        transposed: whether the layout is that of a transposed convolution.
-
-    Returns:
-        A view of ``weight`` with four axes.
-
-    Example:
-        >>> filters(torch.zeros(6, 2, 3, 3), groups=2).shape
-        torch.Size([6, 18, 1, 1])
-        >>> filters(torch.zeros(4, 5, 3, 3), groups=2, transposed=True).shape
-        torch.Size([2, 2, 5, 9])
-    """
-    if transposed:
-        return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return weight.reshape(weight.shape[0], -1, 1, 1)
-
-
 def normalize_weight(
     weight: Tensor, scale: Tensor, *, center: bool = False, groups: int = 1, transposed: bool = False
 ) -> Tensor:
@@ -65,12 +43,10 @@ def normalize_weight(
         >>> normalize_weight(torch.tensor([[3.0, 4.0]]), torch.tensor([10.0]))
         tensor([[6., 8.]])
     """
-    rows = filters(weight, groups, transposed)
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    scale = scale.to(rows.dtype).reshape(rows.shape[0], 1, rows.shape[2], 1)
-    normalized: Tensor = NormalizeFilters.apply(rows, scale, center)[0]
-    return normalized.reshape(weight.shape)
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
+    normalized: Tensor = NormalizeFilters.apply(weight, scale.to(weight.dtype), center, groups, transposed)[0]
+    return normalized
 
 
 class Normalization(NamedTuple):
@@ -139,7 +115,7 @@ def normalization(rule: Rule, gain: Tensor, bias: Tensor | None, moments: Moment
         return Normalization(gain, bias, 0.0, 1.0)
     std: Tensor | float = 1.0
     if moments == "live" and rule.name == "relu":
-        scale, shift, mean = LiveReLU.apply(gain, bias)
+        scale, shift, mean = LiveReLU.apply(gain, bias)[:3]
         return Normalization(scale, shift, mean, 1.0)
     if moments == "live":
         std = gain.abs()

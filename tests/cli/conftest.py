@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from normprop.cli.app import run
 
@@ -17,7 +19,10 @@ def directory(tmp_path, monkeypatch):
     """Every test runs in a directory of its own, with one thread per process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -29,8 +34,21 @@ def tiny():
 def normprop():
     """Run a command line in a process of its own and return what it left."""
 
-    def call(*arguments, **options):
-        return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=200, **options)
+    def call(*arguments):
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=200)
+        return SimpleNamespace(returncode=done.returncode, out=done.stdout, err=done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def here(capfd):
+    """Run a command line in this process, which saves the start of another, and return what it left."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        returncode = run(arguments)
+        return SimpleNamespace(returncode=returncode, **capfd.readouterr()._asdict())
 
     return call
 
@@ -55,15 +73,15 @@ def start():
 
 
 @pytest.fixture
-def line(capsys):
+def line(here):
     """Run a command line in this process; it must end with code 2 and one line on stderr, which is returned."""
 
     def call(*arguments):
-        assert run(arguments) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("normprop: ")
-        assert captured.err.count("\n") == 1
-        return captured.err
+        result = here(*arguments)
+        assert result.returncode == 2
+        assert result.out == ""
+        assert result.err.startswith("normprop: ")
+        assert result.err.count("\n") == 1
+        return result.err
 
     return call

@@ -81,5 +81,5 @@ def test_unexpected_errors_keep_their_traceback(normprop, directory, tiny):
     (directory / "broken.py").write_text("def factory(norm):\n    raise RuntimeError('a bug of mine')\n")
     result = normprop("train", *tiny, "--model", "broken:factory")
     assert result.returncode == 1
-    assert "Traceback" in result.stderr
-    assert "a bug of mine" in result.stderr
+    assert "Traceback" in result.err
+    assert "a bug of mine" in result.err

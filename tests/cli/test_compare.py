@@ -33,15 +33,15 @@ def wait_for_running(name, directory, process, count=1):
     pytest.fail(f"no trial was started: {process.communicate()}")
 
 
-def test_end_to_end_with_two_workers(normprop, directory, tiny):
+def test_end_to_end_with_two_workers(normprop, here, directory, tiny):
     arguments = ["compare", *tiny, "--methods", "none,batch,normprop", "--batch-sizes", "1,16", "--lrs", "0.02,1e6"]
     arguments += ["--seeds", "0,1", "--workers", "2", "--step-time", "0.1"]
     result = normprop(*arguments)
-    assert result.returncode == 0, result.stderr
-    report = Path(result.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.err
+    report = Path(result.out.splitlines()[-1])
     assert report.read_text().lower().startswith("<!doctype html>")
     assert report.parent == Path("runs/digits-mlp")
-    assert "24/24 trials" in result.stderr
+    assert "24/24 trials" in result.err
 
     document = json.loads((directory / "runs/digits-mlp/results.json").read_text())
     assert document["methods"] == ["none", "batch", "normprop"]
@@ -80,10 +80,10 @@ def test_end_to_end_with_two_workers(normprop, directory, tiny):
     # A second run has nothing left to train; a method more trains that method alone.
     before = {trial["method"]: trial["curve"] for trial in document["trials"] if trial["seed"] == 1}
     arguments[arguments.index("none,batch,normprop")] = "layer"
-    again = normprop(*arguments, "--json")
-    assert again.returncode == 0, again.stderr
-    assert again.stderr == ""
-    grown = json.loads(again.stdout)
+    again = here(*arguments, "--json")
+    assert again.returncode == 0, again.err
+    assert again.err == ""
+    grown = json.loads(again.out)
     assert grown["methods"] == ["none", "batch", "normprop", "layer"]
     assert len(grown["trials"]) == 32
     assert (
@@ -93,11 +93,11 @@ def test_end_to_end_with_two_workers(normprop, directory, tiny):
     assert all(row["step_time"] is not None for row in layer)
 
 
-def test_other_settings_are_refused(normprop, line, tiny):
+def test_other_settings_are_refused(here, line, tiny):
     arguments = ["compare", *tiny, "--methods", "none", "--batch-sizes", "16", "--lrs", "0.02", "--seeds", "0"]
-    quiet = normprop(*arguments, "--step-time", "0", "--quiet")
+    quiet = here(*arguments, "--step-time", "0", "--quiet")
     assert quiet.returncode == 0
-    assert quiet.stderr == ""
+    assert quiet.err == ""
     assert "'digits-mlp' was made with epochs=1, not epochs=2" in line(*arguments, "--epochs", "2")
     assert "was made with train=64, not train=65" in line(*arguments, "--train", "65")
     assert "was made with augment=[], not augment=['flip']" in line(*arguments, "--augment", "flip")
@@ -119,7 +119,7 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_resume(start, directory):
     assert {record.status for record in study.trials()} == {"waiting"}
 
 
-def test_killed_worker_costs_the_trial_in_progress_alone(start, normprop, directory):
+def test_killed_worker_costs_the_trial_in_progress_alone(start, here, directory):
     arguments = [*LARGER, "--methods", "none", "--batch-sizes", "1", "--lrs", "0.001", "--seeds", "0,1,2,3"]
     arguments += ["--epochs", "2", "--workers", "1", "--step-time", "0"]
     process = start(*arguments)
@@ -132,8 +132,8 @@ def test_killed_worker_costs_the_trial_in_progress_alone(start, normprop, direct
     assert "all workers were killed (signal 9)" in err.splitlines()[-1]
     left = open_study("digits-mlp", directory).unfinished()
     assert left >= 1
-    result = normprop(*arguments)
-    assert result.returncode == 0, result.stderr
+    result = here(*arguments)
+    assert result.returncode == 0, result.err
     assert [record.status for record in open_study("digits-mlp", directory).trials()] == ["complete"] * 4
 
 
@@ -153,7 +153,7 @@ def test_workers_end_with_their_parent(start, directory):
     assert study.trials()[0].status == "waiting"
 
 
-def test_own_data_and_own_network(normprop, directory):
+def test_own_data_and_own_network(here, directory):
     generator = np.random.default_rng(0)
     labels = np.arange(120) % 3
     features = (generator.normal(size=(120, 6)) + 4 * np.eye(3, 6)[labels]).astype(np.float32)
@@ -166,24 +166,24 @@ def test_own_data_and_own_network(normprop, directory):
     )
     arguments = ["compare", "--data", "own.npz", "--model", "mine:factory", "--methods", "none,normprop"]
     arguments += ["--batch-sizes", "8", "--lrs", "0.05", "--seeds", "0", "--epochs", "5", "--step-time", "0"]
-    result = normprop(*arguments, "--out", "results", "--study", "mine", "--workers", "1", "--json")
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+    result = here(*arguments, "--out", "results", "--study", "mine", "--workers", "1", "--json")
+    assert result.returncode == 0, result.err
+    document = json.loads(result.out)
     assert document["title"] == "mine:factory on own"
     assert [trial["status"] for trial in document["trials"]] == ["complete", "complete"]
     assert all(row["error_mean"] < 0.3 for row in document["table"])  # the classes lie far apart
     assert {path.name for path in (directory / "results").iterdir()} == {"study.db", "results.json", "report.html"}
 
 
-def test_report_is_written_again_from_the_storage(normprop, line, directory, tiny):
+def test_report_is_written_again_from_the_storage(here, line, directory, tiny):
     storage = f"sqlite:///{directory}/elsewhere.db"
     arguments = ["--methods", "none", "--batch-sizes", "16", "--lrs", "0.02", "--seeds", "0", "--step-time", "0"]
-    first = normprop("compare", *tiny, *arguments, "--storage", storage, "--study", "s", "--json")
-    assert first.returncode == 0, first.stderr
+    first = here("compare", *tiny, *arguments, "--storage", storage, "--study", "s", "--json")
+    assert first.returncode == 0, first.err
     (directory / "runs/s/results.json").unlink()
     (directory / "runs/s/report.html").unlink()
-    again = normprop("report", "s", "--storage", storage, "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == json.loads(first.stdout)
+    again = here("report", "s", "--storage", storage, "--json")
+    assert again.returncode == 0, again.err
+    assert json.loads(again.out) == json.loads(first.out)
     assert (directory / "runs/s/report.html").exists()
     assert "no study 'other' in this storage: it holds s" in line("report", "other", "--storage", storage)

@@ -21,11 +21,10 @@ from normprop.functional import (
     MomentKind,
     Normalization,
     activate,
-    filters,
     normalization,
     normalize_weight,
 )
-from normprop.fused import filter_statistics
+from normprop.fused import filter_statistics, filters
 from normprop.moments import Activation, Moments
 
 Gain = float | Literal["jacobian"]
