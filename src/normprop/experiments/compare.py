@@ -1,6 +1,7 @@
 """A whole comparison: the trials of a grid trained by worker processes, then the step times."""
 
 import multiprocessing
+import os
 import signal
 import socket
 import threading
@@ -24,7 +25,7 @@ from normprop.experiments.timing import BASELINE, step_times
 from normprop.experiments.trial import IMPOSSIBLE, TrialRecord
 from normprop.experiments.worker import process
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0
 _STOP_SECONDS = 20
 
 
@@ -75,7 +76,7 @@ def compare(
         storage: SQLAlchemy URL of the database.
         name: name of the study in it.
         workers: number of worker processes; by default one per core, or one if training runs on a GPU.
-        progress: called about twice a second.
+        progress: called about once a second.
         step_time_seconds: time to spend on the step times; 0 leaves them out.
         command: the command line, for the results document.
 
@@ -146,6 +147,9 @@ def _train(study: Study, settings: Settings, count: int, report: Callable[[], No
     failures: Any = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // count)
     workers: dict[str, SpawnProcess] = {}
+    # glibc would give every large block back to the system and fault it in again at the next step: a fifth of the time.
+    for name, value in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**30)):
+        os.environ.setdefault(name, str(value))
     try:
         with _interrupts_ignored():
             for _ in range(count):
