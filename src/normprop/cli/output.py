@@ -1,13 +1,13 @@
 """What a finished study leaves: a table on the screen, results.json and report.html."""
 
 import json
-import os
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normprop.errors import requires
+from normprop.files import write_whole
 
 with requires("cli"):
     from rich import box
@@ -34,7 +34,7 @@ def publish(study: "Study", out: Path, *, as_json: bool) -> None:
 
     results = document(study)
     text = json.dumps(results, indent=2, allow_nan=False)
-    _write(out / "results.json", text + "\n")
+    write_whole(out / "results.json", lambda file: file.write(f"{text}\n".encode()))
     page = html.write(results, out / "report.html")
     if as_json:
         print(text)
@@ -117,13 +117,3 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if left:
         notes.append(f"{left} of {len(results['trials'])} trials are not finished.")
     return notes
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

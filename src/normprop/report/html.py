@@ -1,11 +1,11 @@
 """The report of a comparison: one HTML file that opens from disk and loads nothing."""
 
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from normprop.errors import requires
+from normprop.files import write_whole
 from normprop.report import curves, figures, summary
 from normprop.report.marks import SHAPES, marks
 from normprop.report.results import Results, read
@@ -43,15 +43,7 @@ def write(document: dict[str, Any], path: Path) -> Path:
         'report.html'
     """
     page = _render(read(document))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return write_whole(Path(path), lambda file: file.write(page.encode()))
 
 
 def _render(results: Results) -> str:

@@ -1,6 +1,5 @@
 """Checkpoints: plain containers of tensors and numbers, written atomically, read without running code."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from normprop.errors import CheckpointError
+from normprop.files import write_whole
 
 _FORMAT = "normprop checkpoint"
 _VERSION = 1
@@ -30,17 +30,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         ...     load(Path(folder) / "last.pt")["step"]
         3
     """
-    part = path.with_name(path.name + ".part")
+    content = {"format": _FORMAT, "version": _VERSION, **state}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                torch.save({"format": _FORMAT, "version": _VERSION, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, lambda file: torch.save(content, file))
     except OSError as error:
         raise CheckpointError(f"{path}: the checkpoint cannot be written: {error.strerror or error}") from error
 
