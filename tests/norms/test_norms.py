@@ -53,6 +53,18 @@ def test_options_of_the_convolution_arrive(name, dims):
 
 
 @every
+def test_positional_arguments_follow_the_blocks_own_order(name, dims):
+    torch.manual_seed(0)
+    positional = (4, 8, "tanh") if dims == 0 else (4, 8, 3, 2, 1, 2, "tanh")
+    named = {"activation": "tanh"} if dims == 0 else {"stride": 2, "padding": 1, "groups": 2, "activation": "tanh"}
+    torch.manual_seed(1)
+    first = norms.block(name, dims)(*positional)
+    torch.manual_seed(1)
+    second, input = build(name, dims, **named)
+    assert torch.equal(first(input), second(input))
+
+
+@every
 def test_samples_depend_on_each_other_only_under_batch_norm(name, dims):
     torch.manual_seed(0)
     block, input = build(name, dims)

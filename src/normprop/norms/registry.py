@@ -11,8 +11,10 @@ from functools import partial
 from torch import nn
 
 from normprop.errors import ConfigError
+from normprop.moments import Activation
 
 Constructor = Callable[..., nn.Module]
+Size = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,27 @@ def block(name: str, dims: int = 2) -> Constructor:
         >>> block("batch")(3, 8, 3, padding=1)(torch.randn(2, 3, 5, 5)).shape
         torch.Size([2, 8, 5, 5])
     """
-    return partial(method(name).block, _dims("block", dims))
+    build = method(name).block
+    if _dims("block", dims) == 0:
+
+        def linear(in_features: int, out_features: int, activation: Activation = "relu") -> nn.Module:
+            return build(0, in_features, out_features, activation=activation)
+
+        return linear
+
+    def convolution(
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        groups: int = 1,
+        activation: Activation = "relu",
+    ) -> nn.Module:
+        options = {"stride": stride, "padding": padding, "groups": groups}
+        return build(dims, in_channels, out_channels, kernel_size, **options, activation=activation)
+
+    return convolution
 
 
 def head(name: str, dims: int = 0) -> Constructor:
