@@ -10,7 +10,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 compare: install ## Compare normalisers on the embedded digits; prints a table and the path of the report.
 	$(BIN)/normprop compare --study digits --data digits --train 500 --validation 200 --model nin --width 0.25 \
-	  --epochs 4 --batch-sizes 2,8,32 --lrs 0.005,0.02,0.08 --seeds 0,1
+	  --epochs 4 --methods none,batch,group,normprop,normprop-paper --batch-sizes 2,8,32 \
+	  --lrs 0.003,0.01,0.03,0.1 --seeds 0,1
 
 test: install ## Lint, types and tests.
 	$(BIN)/ruff check .
