@@ -27,8 +27,8 @@ def test_ratios_of_known_times():
     networks = {"slow": Sleeps(0.030), "none": Sleeps(0.010)}
     slow, none = step_times(networks, torch.randn(3, 4), torch.tensor([0, 1, 0]), seconds=0.5)
     assert (slow.method, slow.batch_size) == ("slow", 3)
-    # A sleep lasts at least its time; on a busy machine all of them last longer, which pulls ratios towards 1.
-    assert 1.3 < slow.ratio <= 3.05
+    # A sleep lasts at least its time and on a busy machine longer, which mostly pulls ratios towards 1.
+    assert 1.3 < slow.ratio < 3.5
     assert slow.milliseconds >= 30
     assert slow.low <= slow.ratio <= slow.high
     assert (none.ratio, none.low, none.high) == (1, 1, 1)
