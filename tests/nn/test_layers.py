@@ -32,7 +32,10 @@ def trained(layer, seed=1):
 def test_equals_the_textbook_form_in_float64(case, recipe, activation):
     layer = trained(case.build(activation=activation, dtype=torch.float64, **recipe))
     input = case.input(3, dtype=torch.float64)
-    torch.testing.assert_close(layer(input), textbook(layer, case.build_plain(), input), rtol=1e-9, atol=1e-10)
+    # Closed forms to rounding; inside a layer tanh is integrated by a fixed rule.
+    tolerance = 1e-9 if activation == "tanh" else 2e-12
+    expected = textbook(layer, case.build_plain(), input)
+    torch.testing.assert_close(layer(input), expected, rtol=tolerance, atol=tolerance)
 
 
 @cases
