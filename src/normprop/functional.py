@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normprop.fused import VARIANCE_FLOOR, LiveReLU, NormalizeFilters
+from normprop.fused import VARIANCE_FLOOR, LiveReLU, NormalizeFilters, at_least_float32
 from normprop.moments import Activation, Moments, Rule, resolve
 
 MomentKind = Literal["fixed", "live"]
@@ -43,8 +43,7 @@ def normalize_weight(
         >>> normalize_weight(torch.tensor([[3.0, 4.0]]), torch.tensor([10.0]))
         tensor([[6., 8.]])
     """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        weight = weight.float()
+    weight = at_least_float32(weight)
     normalized: Tensor = NormalizeFilters.apply(weight, scale.to(weight.dtype), center, groups, transposed)[0]
     return normalized
 
@@ -108,8 +107,7 @@ def normalization(rule: Rule, gain: Tensor, bias: Tensor | None, moments: Moment
         >>> round(float(result.scale), 4), round(float(result.shift), 4)
         (1.7129, -0.6833)
     """
-    if gain.dtype in (torch.float16, torch.bfloat16):
-        gain = gain.float()
+    gain = at_least_float32(gain)
     bias = gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype)
     if rule.name == "identity":
         return Normalization(gain, bias, 0.0, 1.0)

@@ -66,6 +66,16 @@ def filter_statistics(rows: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     return mean, norm.masked_fill(zero, math.inf).reciprocal()
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    """Return a half-precision tensor in float32, others as they are: norms and moments need the range."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def rescale(rows: Tensor, mean: Tensor, factor: Tensor, center: bool) -> Tensor:
+    """Return ``factor * (rows - mean)`` in one pass, where ``mean`` is 0 without ``center``."""
+    return torch.addcmul(-mean * factor, rows, factor) if center else rows * factor
+
+
 class NormalizeFilters(torch.autograd.Function):
     """``factor * (rows - mean)`` with factor = scale / norm: three passes over the weight forward, four backward.
 
@@ -82,8 +92,7 @@ class NormalizeFilters(torch.autograd.Function):
         """Return the normalised weight and, for the backward, mean and reciprocal norm of its filters."""
         rows = filters(weight, groups, transposed)
         mean, inverse = filter_statistics(rows, center)
-        factor = inverse * scale.reshape(inverse.shape)
-        normalized = torch.addcmul(-mean * factor, rows, factor) if center else rows * factor
+        normalized = rescale(rows, mean, inverse * scale.reshape(inverse.shape), center)
         return normalized.reshape(weight.shape), mean, inverse
 
     @staticmethod

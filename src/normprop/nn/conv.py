@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from normprop.nn.layer import NormPropLayer
 
 
-class Conv1d(NormPropLayer, nn.Conv1d):
+class _ConvLayer(NormPropLayer):
+    """The linear map, shared by the three dimensions."""
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        output: Tensor = self._conv_forward(input, weight, bias)  # type: ignore[operator]
+        return output
+
+
+class Conv1d(_ConvLayer, nn.Conv1d):
     r"""One-dimensional convolution with Normalization Propagation.
 
     .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
@@ -34,12 +42,8 @@ class Conv1d(NormPropLayer, nn.Conv1d):
 
     _spatial_dims = 1
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, weight, bias)
-        return output
 
-
-class Conv2d(NormPropLayer, nn.Conv2d):
+class Conv2d(_ConvLayer, nn.Conv2d):
     r"""Two-dimensional convolution with Normalization Propagation.
 
     .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
@@ -64,12 +68,8 @@ class Conv2d(NormPropLayer, nn.Conv2d):
 
     _spatial_dims = 2
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, weight, bias)
-        return output
 
-
-class Conv3d(NormPropLayer, nn.Conv3d):
+class Conv3d(_ConvLayer, nn.Conv3d):
     r"""Three-dimensional convolution with Normalization Propagation.
 
     .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
@@ -93,7 +93,3 @@ class Conv3d(NormPropLayer, nn.Conv3d):
     """
 
     _spatial_dims = 3
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, weight, bias)
-        return output

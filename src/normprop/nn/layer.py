@@ -24,7 +24,7 @@ from normprop.functional import (
     normalization,
     normalize_weight,
 )
-from normprop.fused import filter_statistics, filters
+from normprop.fused import at_least_float32, filter_statistics, filters, rescale
 from normprop.moments import Activation, Moments
 
 Gain = float | Literal["jacobian"]
@@ -162,11 +162,9 @@ class NormPropLayer(nn.Module):
         Source:
             Arpit et al. 2016, section 3.3 (constraint after every update).
         """
-        rows = filters(self.weight, self.groups, self._transposed)
-        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        mean, inverse = filter_statistics(wide, self.center)
-        unit = torch.addcmul(-mean * inverse, wide, inverse) if self.center else wide * inverse
-        self.weight.copy_(unit.reshape(self.weight.shape))
+        rows = filters(at_least_float32(self.weight), self.groups, self._transposed)
+        mean, inverse = filter_statistics(rows, self.center)
+        self.weight.copy_(rescale(rows, mean, inverse, self.center).reshape(self.weight.shape))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Fill the gain from a plain layer's weight, so that the linear map stays what it was."""
