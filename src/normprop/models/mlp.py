@@ -44,4 +44,4 @@ def mlp(
     for index in range(depth):
         layers.append(build(hidden if index else features, hidden, activation=activation))
     layers.append(norms.head(norm, dims=0)(hidden if depth else features, num_classes))
-    return nn.Sequential(*layers)
+    return norms.finish(norm, nn.Sequential(*layers))

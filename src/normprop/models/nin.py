@@ -48,7 +48,7 @@ def nin(
 
     c192, c160, c96 = channels(192), channels(160), channels(96)
     wide, narrow = (0, 2) if printed_padding else (2, 0)
-    return nn.Sequential(
+    network = nn.Sequential(
         conv(in_channels, c192, 5, 2),
         conv(c192, c160, 1, 0),
         nn.MaxPool2d(3, 2, 1),
@@ -63,3 +63,4 @@ def nin(
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
+    return norms.finish(norm, network)

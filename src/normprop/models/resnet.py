@@ -62,4 +62,4 @@ def resnet(
             layers.append(block(inputs, outputs, 2 if stage and not index else 1))
             inputs = outputs
     head = norms.head(norm, dims=0)(inputs, num_classes)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    return norms.finish(norm, nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))

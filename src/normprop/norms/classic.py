@@ -16,6 +16,7 @@ import math
 from torch import nn
 
 from normprop.errors import ConfigError
+from normprop.norms.plain import of_layers
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -45,3 +46,11 @@ def instance_norm(dims: int, channels: int) -> nn.Module:
     if dims == 0:
         raise ConfigError("norms.instance: instance norm takes its statistics over space; a linear layer has none")
     return _INSTANCE[dims - 1](channels, affine=True)
+
+
+METHODS = {
+    "batch": of_layers("Ioffe & Szegedy 2015, Batch Normalization", batch_norm),
+    "group": of_layers("Wu & He 2018, Group Normalization", group_norm),
+    "layer": of_layers("Ba, Kiros & Hinton 2016, Layer Normalization", layer_norm),
+    "instance": of_layers("Ulyanov, Vedaldi & Lempitsky 2016, Instance Normalization", instance_norm),
+}

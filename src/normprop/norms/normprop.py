@@ -9,13 +9,15 @@ Source:
     Arpit et al. 2016.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from normprop import nn as np_nn
 from normprop.moments import Activation
-from normprop.recipes import Recipe
+from normprop.norms.registry import Method
+from normprop.recipes import DEFAULT, PAPER, Recipe
 
 LAYERS: tuple[type[np_nn.NormPropLayer], ...] = (np_nn.Linear, np_nn.Conv1d, np_nn.Conv2d, np_nn.Conv3d)
 
@@ -28,3 +30,10 @@ def block(recipe: Recipe, dims: int, *args: Any, activation: Activation = "relu"
 def head(recipe: Recipe, dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """Build the last layer: normalised weights, gain and bias, no activation."""
     return block(recipe, dims, *args, activation=None, **kwargs)
+
+
+_SOURCE = "Arpit et al. 2016, Normalization Propagation"
+METHODS = {
+    "normprop": Method(f"ours, after {_SOURCE}", partial(block, DEFAULT), partial(head, DEFAULT), np_nn.Residual),
+    "normprop-paper": Method(_SOURCE, partial(block, PAPER), partial(head, PAPER), np_nn.Residual),
+}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normprop import moments
 from normprop.moments import Activation
+from normprop.norms.registry import Method
 
 LINEAR_MAPS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -114,3 +115,17 @@ class PlainResidual(nn.Module):
         skip = input if self.shortcut is None else self.shortcut(input)
         output: Tensor = self.activation(skip + self.branch(input))
         return output
+
+
+def of_blocks(paper: str, block: Callable[..., nn.Module], **options: Any) -> Method:
+    """Describe a method by its block; head and residual sum are the plain ones unless given."""
+    parts: dict[str, Any] = {"head": linear_map, "residual": PlainResidual}
+    return Method(paper, block, **parts | options)
+
+
+def of_layers(paper: str, norm: Callable[[int, int], nn.Module], **options: Any) -> Method:
+    """Describe a method by its drop-in layer, ``norm(dims, num_features)``."""
+    return of_blocks(paper, with_norm(norm), layer=norm, **options)
+
+
+METHODS = {"none": of_blocks("He et al. 2015, Delving Deep into Rectifiers", block)}

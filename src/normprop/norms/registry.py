@@ -7,6 +7,7 @@ not fit between a convolution and its activation.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from normprop.moments import Activation
 
 Constructor = Callable[..., nn.Module]
 Size = int | tuple[int, ...]
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,22 @@ class Method:
     """How one method builds the parts of a network.
 
     Attributes:
+        paper: authors, year and title of its source.
         block: ``(dims, in_channels, out_channels, [kernel_size, stride, padding, groups,] activation)`` to a module.
         head: ``(dims, in_channels, out_channels, [kernel_size, ...])`` to the last, unnormalised linear map.
         residual: ``(branch, shortcut, activation, spatial_dims)`` to a module that adds them.
+        layer: ``(dims, num_features)`` to a drop-in normaliser, for methods that are one.
+        finish: called on a network built of these blocks, for methods that need to know the whole of it.
+        cannot: what the method's blocks cannot do, of the contracts that every other method keeps.
     """
 
+    paper: str
     block: Constructor
     head: Constructor
     residual: Constructor
+    layer: Constructor | None = None
+    finish: Callable[[nn.Module], None] | None = None
+    cannot: tuple[str, ...] = ()
 
 
 _METHODS: dict[str, Method] = {}
@@ -113,6 +123,56 @@ def block(name: str, dims: int = 2) -> Constructor:
         return build(dims, in_channels, out_channels, kernel_size, **options, activation=activation)
 
     return convolution
+
+
+def create(name: str, num_features: int, dims: int = 2) -> nn.Module:
+    """Build a method's normaliser alone, to stand where a batch norm of ``num_features`` channels stood.
+
+    Args:
+        name: name of a method whose normaliser is a drop-in layer.
+        num_features: channels of its input, axis 1.
+        dims: spatial dimensions of its input, 0 for features.
+
+    Returns:
+        A module from (N, num_features, *space) to the same shape.
+
+    Raises:
+        ConfigError: for a method that works on weights or activations and has no such layer.
+
+    Example:
+        >>> create("group", 64).num_groups
+        32
+    """
+    build = method(name).layer
+    if build is None:
+        raise ConfigError(f"norms.{name}: this method is no drop-in layer; build it with norms.block({name!r}, dims)")
+    if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        raise ConfigError(f"norms.{name}: num_features must be a whole number above zero, got {num_features!r}")
+    return build(_dims(name, dims), num_features)
+
+
+def finish(name: str, network: NetworkT) -> NetworkT:
+    """Tell a method that a network of its blocks is complete.
+
+    Some methods need the whole network: Kalman Normalization links each layer to the one before, Fixup scales by the
+    number of residual blocks, tailored activations by the depth. Our reference networks call this; for other methods it
+    does nothing.
+
+    Args:
+        name: name of the method.
+        network: the network, changed in place.
+
+    Returns:
+        The network.
+
+    Example:
+        >>> finish("batch", nn.Sequential(block("batch")(3, 8, 3)))[0].norm.num_features
+        8
+    """
+    complete = method(name).finish
+    if complete is not None:
+        complete(network)
+    return network
 
 
 def head(name: str, dims: int = 0) -> Constructor:

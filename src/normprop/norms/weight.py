@@ -10,6 +10,7 @@ Source:
     Salimans & Kingma 2016.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from normprop import moments
 from normprop.functional import normalize_weight
 from normprop.moments import Activation
-from normprop.norms.plain import activation_module, linear_map
+from normprop.norms.plain import activation_module, linear_map, of_blocks
 
 
 class WeightNorm(nn.Module):
@@ -57,3 +58,8 @@ def block(dims: int, *args: Any, activation: Activation = "relu", **kwargs: Any)
     if activation is not None:
         parts.add_module("activation", activation_module(activation))
     return parts
+
+
+METHODS = {
+    "weight": of_blocks("Salimans & Kingma 2016, Weight Normalization", block, head=partial(block, activation=None))
+}

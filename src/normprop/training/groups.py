@@ -1,5 +1,6 @@
 """Which parameters decay."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, unit_norm: bool =
 
     Decayed: the weights of linear maps, which are the parameters with two or more dimensions. Not decayed: biases,
     gains, the parameters of normalisers, embeddings and PReLU, and the weights of NormProp layers under the unit-norm
-    constraint, which decay would only rescale before the constraint puts them back.
+    constraint, which decay would only rescale before the constraint puts them back. A module's class may say otherwise
+    for its own parameters by an attribute ``parameter_decay``, a mapping from their names to whether they decay.
 
     Args:
         model: the network.
@@ -39,8 +41,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, unit_norm: bool =
     decays: dict[nn.Parameter, bool] = {}
     for module in model.modules():
         frozen = isinstance(module, (*UNDECAYED, NormPropLayer) if unit_norm else UNDECAYED)
-        for parameter in module.parameters(recurse=False):
-            decays[parameter] = decays.get(parameter, True) and not frozen and parameter.ndim >= 2
+        own: Mapping[str, bool] = getattr(module, "parameter_decay", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            decayed = own.get(name, not frozen and parameter.ndim >= 2)
+            decays[parameter] = decays.get(parameter, True) and decayed
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter, decayed in decays.items() if decayed], "weight_decay": weight_decay},
         {"params": [parameter for parameter, decayed in decays.items() if not decayed], "weight_decay": 0.0},
