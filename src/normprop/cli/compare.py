@@ -27,6 +27,9 @@ def compare(
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", "--batch-size", help="Comma list.")] = "1,8,32",
     lrs: Annotated[str, typer.Option("--lrs", "--lr", help="Comma list of learning rates.")] = "0.003,0.01,0.03",
     seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Comma list.")] = "0,1,2",
+    tuning_seeds: Annotated[
+        int | None, typer.Option(help="Try every rate with this many seeds only, and the other seeds at the best rate.")
+    ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study; by default data and model.")] = None,
     storage: Annotated[
         str | None, typer.Option(help="SQLAlchemy URL of the database; by default study.db in --out.")
@@ -55,6 +58,7 @@ def compare(
         batch_sizes=comma_list("--batch-sizes", batch_sizes, int, "whole numbers"),
         lrs=comma_list("--lrs", lrs, float, "numbers"),
         seeds=comma_list("--seeds", seeds, int, "whole numbers"),
+        tuning_seeds=tuning_seeds,
     )
     name = study or f"{Path(settings.data).stem}-{settings.model.replace(':', '.')}"
     out = out or Path("runs") / name

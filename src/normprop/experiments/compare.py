@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from normprop.data import batches
-from normprop.errors import NormPropError
-from normprop.experiments import machine
+from normprop import norms
+from normprop.data import Dataset, batches
+from normprop.errors import ConfigError, NormPropError
+from normprop.experiments import machine, results
 from normprop.experiments.grid import Grid
 from normprop.experiments.settings import Settings
 from normprop.experiments.study import Study
@@ -91,8 +92,7 @@ def compare(
     dataset = settings.load()
     for combination in grid.combinations():
         settings.config(combination)
-    for method in [*grid.methods, *([BASELINE] if step_time_seconds > 0 else [])]:
-        settings.builder(dataset, method)()
+    _check(settings, dataset, [*grid.methods, *([BASELINE] if step_time_seconds > 0 else [])])
     study = Study.create(storage, name, settings.identity(dataset))
     study.enrol(grid.combinations())
     accelerator = settings.training.accelerator
@@ -107,6 +107,8 @@ def compare(
             progress(Progress(study.trials(), time.monotonic() - start, workers, timing))
 
     _train(study, settings, workers, report)
+    while grid.tuning_seeds is not None and study.enrol(grid.repetitions(_best_lrs(study))):
+        _train(study, settings, workers, report)
     if step_time_seconds > 0:
         report(timing=True)
         time_steps(study, settings, step_time_seconds)
@@ -137,6 +139,25 @@ def time_steps(study: Study, settings: Settings, seconds: float) -> None:
         times = step_times(networks, images, labels, seconds / len(sizes))
         measured = [time for time in measured if time["batch_size"] != batch_size] + [asdict(time) for time in times]
         study.annotate(step_time=measured)
+
+
+def _check(settings: Settings, dataset: Dataset, methods: list[str]) -> None:
+    """Refuse a network that no method can build; if only some cannot, their trials are impossible."""
+    errors = []
+    for method in methods:
+        if ":" not in settings.model:
+            norms.method(method)
+        try:
+            settings.builder(dataset, method)()
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == len(methods):
+        raise errors[0]
+
+
+def _best_lrs(study: Study) -> dict[tuple[str, int], float]:
+    rows = results.document(study)["table"]
+    return {(row["method"], row["batch_size"]): row["best_lr"] for row in rows if row["best_lr"] is not None}
 
 
 def _train(study: Study, settings: Settings, count: int, report: Callable[[], None]) -> None:

@@ -45,7 +45,8 @@ def table(trials: Sequence[Mapping[str, Any]], step_time: Sequence[Mapping[str, 
     """Choose each method's learning rate by its validation error and report the test error at that rate.
 
     The best rate of a method at a batch size is the one with the lowest mean validation error over the seeds, among
-    rates at which no seed diverged.
+    rates at which no seed diverged. Where only some rates were trained with all seeds, the best was chosen before, with
+    fewer, and is among those with the most seeds.
 
     Args:
         trials: the document's trials.
@@ -86,7 +87,8 @@ def _row(trials: list[Mapping[str, Any]]) -> dict[str, Any]:
         for lr in lrs
         if lr not in diverged
     }
-    validation = {lr: _mean(seeds, "validation_error") for lr, seeds in complete.items() if seeds}
+    most = max(map(len, complete.values()), default=0)
+    validation = {lr: _mean(seeds, "validation_error") for lr, seeds in complete.items() if 0 < len(seeds) == most}
     best = min(validation, key=lambda lr: validation[lr], default=None)
     chosen = complete[best] if best is not None else []
     errors = [trial["test_error"] for trial in chosen]

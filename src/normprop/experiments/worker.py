@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normprop.data import Dataset
-from normprop.errors import NormPropError
+from normprop.errors import ConfigError, NormPropError
 from normprop.experiments.settings import Settings
 from normprop.experiments.storage import silence
 from normprop.experiments.study import Study
@@ -45,7 +45,8 @@ def work(study: Study, settings: Settings, dataset: Dataset, worker: str) -> Non
 def run_trial(turn: Turn, settings: Settings, dataset: Dataset) -> None:
     """Train one trial and store its curve and outcome.
 
-    A network that refuses the batch size, as batch norm does a single value per channel, makes the trial impossible.
+    A method that cannot build the network, or a network that refuses the batch size, as batch norm does a single value
+    per channel, makes the trial impossible.
 
     Args:
         turn: the trial.
@@ -53,6 +54,11 @@ def run_trial(turn: Turn, settings: Settings, dataset: Dataset) -> None:
         dataset: the data.
     """
     build = settings.builder(dataset, turn.combination.method)
+    try:
+        build()
+    except ConfigError as error:
+        turn.finish(IMPOSSIBLE, reason=str(error).split("\n")[0])
+        return
     started = False
 
     def store(record: EpochRecord) -> None:
