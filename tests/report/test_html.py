@@ -238,10 +238,21 @@ def test_no_trial_has_an_error(make_document, render, status):
 
 
 def test_forty_methods(make_document, render):
-    document = make_document([f"method-{index}" for index in range(40)], batch_sizes=[8, 32])
+    document = make_document(["batch", *(f"method-{index}" for index in range(39))], batch_sizes=[8, 32])
     source, page = render(document)
     assert len(page.tables[0]) == 41
     assert len(group(payload(source), "layers")) == 40
+    rankings = group(payload(source), "ranking")
+    assert [len(figure["traces"]) for figure in rankings] == [40, 40]
+    errors = [trace["x"][0] for trace in rankings[0]["traces"]]
+    assert errors == sorted(errors)
+    rows = [row for row in document["table"] if row["batch_size"] == 8]
+    assert errors == pytest.approx(sorted(100 * row["error_mean"] for row in rows), rel=1e-4)
+    hidden = payload(source)["hidden"]
+    assert 0 not in hidden and 40 - len(hidden) <= 7
+    best = min(range(40), key=lambda index: rows[index]["error_mean"])
+    assert best not in hidden
+    assert not payload(render(make_document(["none", "batch"], batch_sizes=[8]))[0])["hidden"]
 
 
 def test_writes_whole_or_not_at_all(make_document, tmp_path):

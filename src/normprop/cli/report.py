@@ -18,6 +18,9 @@ def report(
         str | None, typer.Option(help="SQLAlchemy URL of the database; by default study.db in the directory.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to write to; by default the study's own.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables in Markdown and write nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Print a study's table and write its results and HTML report again, finished or not."""
@@ -38,6 +41,12 @@ def report(
         if not held:
             raise ConfigError(f"{directory / 'study.db'} holds no study yet: run normprop compare first")
         name = study if study in held else held[0]
+    if markdown:
+        from normprop.experiments.results import document
+        from normprop.report.markdown import tables
+
+        print(tables(document(Study(storage, name))), end="")
+        return
     target = out or directory
     target.mkdir(parents=True, exist_ok=True)
     publish(Study(storage, name), target, as_json=json)

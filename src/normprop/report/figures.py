@@ -1,4 +1,4 @@
-"""The figures that compare methods: error against batch size and learning rate, and step time."""
+"""The figures that compare methods over batch sizes and learning rates."""
 
 from statistics import stdev
 from typing import Any
@@ -80,61 +80,6 @@ def by_rate(results: Results) -> list[Figure]:
     return figures
 
 
-def step_time(results: Results) -> list[Figure]:
-    """Time of a training step as a ratio to the plain network's, a plot for each batch size."""
-    rows = [row for row in results.step_time if row["method"] in results.methods]
-    if not rows:
-        return []
-    ends = [row[key] for row in rows for key in ("ratio", "low", "high") if row.get(key) is not None]
-    low, high = min([*ends, 1.0]), max([*ends, 1.0])
-    pad = max(0.06 * (high - low), 0.02)
-    figures = []
-    for batch in sorted({row["batch_size"] for row in rows}):
-        found = {row["method"]: row for row in rows if row["batch_size"] == batch}
-        traces, keys, texts = [], [], []
-        for index, name, mark in styled(results):
-            if name not in found:
-                continue
-            row = found[name]
-            ratio = row["ratio"]
-            quartiles = [row.get(key) if row.get(key) is not None else ratio for key in ("low", "high")]
-            milliseconds = row.get("milliseconds")
-            hover = (
-                f"<b>{safe(name)}</b><br>{ratio:.3f} × the plain network"
-                f"<br>quartiles {quartiles[0]:.3f} to {quartiles[1]:.3f}"
-                + (f"<br>{milliseconds:.2f} ms a step" if milliseconds is not None else "")
-            )
-            whiskers = {
-                "array": [quartiles[1] - ratio],
-                "arrayminus": [ratio - quartiles[0]],
-                "thickness": 2,
-                "width": 0,
-            }
-            keys.append(f"m{index}")
-            texts.append(f"{safe(short(name, 18))}  <b>{ratio:.2f}</b>")
-            traces.append(
-                line(index, name, mark, [ratio], [keys[-1]], [hover], mode="markers", marker_size=11, error_x=whiskers)
-            )
-        layout: Row = {
-            "xaxis": {"range": [low - pad, high + pad], "title": {"text": "ratio to none"}, "nticks": 6},
-            "yaxis": {
-                "type": "category",
-                "tickvals": keys,
-                "ticktext": texts,
-                "fixedrange": True,
-                "showgrid": False,
-                "categoryorder": "array",
-                "categoryarray": keys,
-            },
-            "shapes": [{"name": "one", "yref": "paper", "x0": 1, "x1": 1, "y0": 0, "y1": 1}],
-        }
-        label = f"Dot plot of step time at batch size {batch} as a ratio to the plain network: " + ", ".join(
-            f"{short(name)} {row['ratio']:.2f}" for name, row in found.items()
-        )
-        figures.append(Figure(f"Batch size {batch}", "", label, traces, layout, 84 + 26 * len(found), group="time"))
-    return figures
-
-
 def _rate_traces(results: Results, method: tuple[int, str, Mark], points: list[list[Row]]) -> list[Row]:
     """A method's line over the rates it trained at, and its crosses at the rates where it diverged."""
     index, name, mark = method
@@ -178,9 +123,9 @@ def _point(results: Results, name: str, batch: Any, lr: float) -> Row | None:
     hover = f"<b>{safe(name)}</b><br>batch size {batch}, learning rate {number(lr)}"
     spread = stdev(errors) if len(errors) > 1 else None
     if errors:
-        hover += f"<br>validation error {_plus(mean(errors), spread, results.digits)}"
+        hover += f"<br>validation error {plus(mean(errors), spread, results.digits)}"
         tests = [run["test_error"] for run in runs if run["status"] == "complete" and run.get("test_error") is not None]
-        hover += f"<br>test error {_plus(mean(tests), stdev(tests) if len(tests) > 1 else None, results.digits)}"
+        hover += f"<br>test error {plus(mean(tests), stdev(tests) if len(tests) > 1 else None, results.digits)}"
     if diverged:
         hover += f"<br><b>{len(diverged)} of {len(runs)} seeds diverged</b>"
         reasons = dict.fromkeys(run["reason"] for run in diverged if run.get("reason"))
@@ -212,12 +157,13 @@ def _range(results: Results) -> Row:
     return {"range": [max(min(errors) - pad, -1.0), max(errors) + pad]}
 
 
-def _plus(value: float | None, spread: float | None, digits: int) -> str:
+def plus(value: float | None, spread: float | None, digits: int) -> str:
+    """An error in percent with its spread over seeds."""
     return percent(value, digits) + (f" ± {percent(spread, digits)}" if spread is not None else "") + " %"
 
 
 def _score(results: Results, cell: Row) -> str:
-    return _plus(cell["error_mean"], cell.get("error_std"), results.digits)
+    return plus(cell["error_mean"], cell.get("error_std"), results.digits)
 
 
 def _seeds(cell: Row) -> str:

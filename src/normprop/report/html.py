@@ -6,7 +6,7 @@ from typing import Any
 
 from normprop.errors import requires
 from normprop.files import write_whole
-from normprop.report import curves, figures, summary
+from normprop.report import curves, dots, figures, summary
 from normprop.report.marks import SHAPES, marks
 from normprop.report.results import Results, read
 
@@ -59,13 +59,15 @@ def _render(results: Results) -> str:
     environment.filters["number"] = summary.number
     environment.filters["percent"] = summary.percent
     groups = {
+        "ranking": dots.ranking(results),
         "batch": figures.by_batch(results),
         "rate": figures.by_rate(results),
         "curves": curves.curves(results),
-        "time": figures.step_time(results),
+        "time": dots.step_time(results),
         "layers": curves.layers(results),
     }
     styles = marks(results.methods)
+    hidden = summary.hidden(results, dots.MANY)
     rows, footnotes = summary.table(results)
     drawings = [
         {"id": f"{group}-{index}", **vars(figure)}
@@ -76,6 +78,7 @@ def _render(results: Results) -> str:
         results=results,
         groups=groups,
         marks=styles,
+        hidden=hidden,
         shapes=SHAPES,
         sentence=summary.sentence(results),
         progress=summary.progress(results),
@@ -89,6 +92,7 @@ def _render(results: Results) -> str:
             "figures": _rounded(drawings),
             "batches": results.batch_sizes,
             "colors": [mark.color for mark in styles],
+            "hidden": hidden,
         },
         style=_asset("page.css"),
         script=_asset("page.js"),

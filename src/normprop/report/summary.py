@@ -111,6 +111,18 @@ def state(results: Results, method: str, batch_size: int) -> str:
     return "missing"
 
 
+def hidden(results: Results, most: int) -> list[int]:
+    """Numbers of the methods that the plots leave out at first, so that at most about ``most`` are seen.
+
+    With more methods, those are shown that lead at some batch size and those that people compare with.
+    """
+    if len(results.methods) <= most:
+        return []
+    leaders = {name for batch in results.batch_sizes for name in results.leaders(batch)[:3]}
+    shown = leaders | {"none", "batch", "group", "layer", "normprop", "normprop-paper"}
+    return [index for index, name in enumerate(results.methods) if name not in shown]
+
+
 def facts(results: Results) -> list[tuple[str, str]]:
     """The budget in short: what was trained, on what, for how long."""
     settings = results.settings

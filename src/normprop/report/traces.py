@@ -33,7 +33,8 @@ class Figure:
         height: in CSS pixels.
         method: number of the method that the whole plot belongs to, None if it shows several.
         empty: what is written in place of a plot without visible traces.
-        group: "layers" or "time" where the page's script sets the vertical axes from what is shown.
+        group: "layers" or "time" where the page's script sets the vertical axes from what is shown, "ranking" where
+            every method is always shown.
     """
 
     title: str

@@ -1,8 +1,8 @@
 "use strict";
 (() => {
   const root = document.documentElement;
-  const { figures, batches, colors } = JSON.parse(document.getElementById("payload").textContent);
-  const hidden = new Set();
+  const { figures, batches, colors, hidden: hiddenAtFirst } = JSON.parse(document.getElementById("payload").textContent);
+  const hidden = new Set(hiddenAtFirst);
   let batch = batches[batches.length - 1];
   let theme = {};
 
@@ -28,7 +28,7 @@
     return `rgb(${channels(from).map((start, i) => Math.round(start + share * (end[i] - start)))})`;
   };
 
-  const shown = ({ meta }) => !hidden.has(meta.method) && (meta.batch === undefined || meta.batch === null || meta.batch === batch);
+  const shown = ({ meta }) => (meta.group === "ranking" || !hidden.has(meta.method)) && (meta.batch === undefined || meta.batch === null || meta.batch === batch);
 
   function paint(trace) {
     const { method, part, depth } = trace.meta;
@@ -109,7 +109,7 @@
       layout.yaxis2.range = sharedRange("y2", true);
       Object.assign(layout.yaxis2, powersOfTwo(layout.yaxis2.range));
     }
-    if (figure.group === "time") {
+    if (figure.group === "time" || figure.group === "ranking") {
       const rows = new Set(figure.traces.filter(shown).map(({ meta }) => meta.method)).size;
       Object.assign(layout.yaxis, { autorange: false, range: [rows - 0.5, -0.5] });
     }
