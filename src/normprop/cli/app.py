@@ -10,6 +10,7 @@ with requires("cli"):
     import typer
 
 from normprop.cli.compare import compare
+from normprop.cli.methods import methods
 from normprop.cli.report import report
 from normprop.cli.train import train
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command()(report)
+app.command()(methods)
 
 
 def _version(show: bool) -> None:

@@ -110,9 +110,12 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         notes.append("Step time: forward, backward and update, as a ratio to the network without normalisation.")
     if any(row["edge"] for row in rows):
         notes.append("* The best rate is at the edge of the grid: a better one may lie beyond it.")
+    reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["impossible"] is not None:
-            notes.append(f"{row['method']} at batch {row['batch_size']} is impossible: {row['impossible']}")
+            reasons.setdefault((row["method"], row["impossible"]), []).append(str(row["batch_size"]))
+    for (method, reason), sizes in reasons.items():
+        notes.append(f"{method} at batch {', '.join(sizes)} is impossible: {reason}")
     left = sum(trial["status"] in ("waiting", "running") for trial in results["trials"])
     if left:
         notes.append(f"{left} of {len(results['trials'])} trials are not finished.")

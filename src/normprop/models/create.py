@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from torch import nn
 
 from normprop.errors import ConfigError
+from normprop.models.lstm import lstm
 from normprop.models.mlp import mlp
 from normprop.models.nin import nin
 from normprop.models.resnet import resnet
+from normprop.models.two_view import two_view
+from normprop.models.vit import vit
 
 
 def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normprop", width: float = 1.0) -> nn.Module:
     """Build a network by name for samples of a given shape.
 
     Args:
-        name: ``"nin"``, ``"mlp"``, ``"resnet8"``, ``"resnet14"``, ... or your own ``"package.module:factory"``: called
-            as ``factory(norm=...)``, with the current directory importable.
+        name: ``"nin"``, ``"mlp"``, ``"vit"``, ``"two-view"``, ``"lstm"``, ``"resnet8"``, ``"resnet14"``, ... or your
+            own ``"package.module:factory"``: called as ``factory(norm=...)``, with the current directory importable.
         shape: shape of a sample, (C, H, W) or (F,).
         num_classes: number of outputs.
         norm: name of the method (:func:`normprop.norms.names`).
@@ -38,13 +41,22 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
         return _own(name, norm)
     if name == "mlp":
         return mlp(shape, num_classes, norm=norm, width=width)
-    known = re.fullmatch(r"nin|resnet(\d+)", name)
+    known = re.fullmatch(r"nin|vit|two-view|lstm|resnet(\d+)", name)
     if known is None:
-        raise ConfigError(f"no model {name!r}; there are nin, mlp, resnet8, resnet14, ... and package.module:factory")
+        raise ConfigError(
+            f"no model {name!r}; there are nin, mlp, vit, two-view, lstm, resnet8, resnet14, ... and "
+            "package.module:factory"
+        )
     if len(shape) != 3:
         raise ConfigError(f"model {name!r} takes images (C, H, W), but samples have shape {tuple(shape)}; use mlp")
     if name == "nin":
         return nin(shape[0], num_classes, norm=norm, width=width)
+    if name == "lstm":
+        return lstm(shape, num_classes, norm=norm, width=width)
+    if name == "two-view":
+        return two_view(shape[0], num_classes, norm=norm, width=width)
+    if name == "vit":
+        return vit(shape, num_classes, norm=norm, width=width)
     return resnet(int(known[1]), shape[0], num_classes, norm=norm, width=width)
 
 

@@ -5,9 +5,11 @@ from normprop.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTra
 from normprop.nn.data_norm import DataNorm
 from normprop.nn.layer import NormPropLayer
 from normprop.nn.linear import Linear
+from normprop.nn.lstm import LSTM
 from normprop.nn.residual import Residual, output_moments
 
 __all__ = [
+    "LSTM",
     "Conv1d",
     "Conv2d",
     "Conv3d",

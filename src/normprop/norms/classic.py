@@ -13,13 +13,12 @@ Use ``batch`` with batches of 16 or more on one device, the others below; ``inst
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from normprop.errors import ConfigError
 from normprop.norms.plain import of_layers
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def batch_norm(dims: int, channels: int) -> nn.Module:
@@ -37,6 +36,31 @@ def layer_norm(dims: int, channels: int) -> nn.Module:
     return nn.GroupNorm(1, channels)
 
 
+class InstanceNorm(nn.GroupNorm):
+    """Instance norm over any number of spatial dimensions, with a gain and a bias per channel.
+
+    Group norm with one channel per group is the same function as torch's instance norms, and takes empty batches.
+
+    Args:
+        channels: number of channels.
+
+    Example:
+        >>> import torch
+        >>> InstanceNorm(2)(torch.tensor([[[1.0, 3.0], [5.0, 9.0]]])).round(decimals=2).tolist()
+        [[[-1.0, 1.0], [-1.0, 1.0]]]
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each channel of each sample over space."""
+        if input.shape[2:].numel() <= 1:
+            size = tuple(input.shape)
+            raise ValueError(f"norms.instance: expected more than 1 spatial element, got input size {size}")
+        return super().forward(input)
+
+
 def instance_norm(dims: int, channels: int) -> nn.Module:
     """Instance norm with a gain and a bias per channel.
 
@@ -45,7 +69,7 @@ def instance_norm(dims: int, channels: int) -> nn.Module:
     """
     if dims == 0:
         raise ConfigError("norms.instance: instance norm takes its statistics over space; a linear layer has none")
-    return _INSTANCE[dims - 1](channels, affine=True)
+    return InstanceNorm(channels)
 
 
 METHODS = {
