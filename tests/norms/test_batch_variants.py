@@ -101,6 +101,12 @@ def test_ghost_errors():
     assert GhostBatchNorm(4, 1)(torch.zeros(3, 4, 2)).shape == (3, 4, 2)
 
 
+def test_torchs_conversion_to_synchronised_norms_leaves_the_others_alone():
+    network = nn.Sequential(nn.BatchNorm1d(4), FrozenBatchNorm(4), GhostBatchNorm(4))
+    converted = [type(module) for module in nn.SyncBatchNorm.convert_sync_batchnorm(network)]
+    assert converted == [nn.SyncBatchNorm, FrozenBatchNorm, GhostBatchNorm]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sync_in_one_process_is_batch_norm(size):
     torch.manual_seed(0)

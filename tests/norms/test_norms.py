@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import pytest
 import torch
@@ -7,8 +6,7 @@ import torch
 from normprop import moments, norms
 from normprop.errors import ConfigError
 
-NAMES = ["none", "normprop", "normprop-paper", "batch", "group", "layer", "instance", "weight"]
-BATCH_STATISTICS = {"batch"}
+CLASSIC = ["none", "normprop", "normprop-paper", "batch", "group", "layer", "instance", "weight"]
 
 
 def build(name, dims, **options):
@@ -20,39 +18,11 @@ def build(name, dims, **options):
     return norms.block(name, dims)(*arguments, **options), torch.randn(5, 4, *sizes)
 
 
-def supported(name, dims):
-    return not (name == "instance" and dims == 0)
+def every(names):
+    return pytest.mark.parametrize(("name", "dims"), [(n, d) for n in names for d in norms.info(n).dims])
 
 
-every = pytest.mark.parametrize(("name", "dims"), [(n, d) for n in NAMES for d in range(4) if supported(n, d)])
-
-
-def test_names():
-    assert norms.names() == NAMES
-
-
-@every
-def test_blocks_have_the_shape_of_the_plain_map_and_train(name, dims):
-    torch.manual_seed(0)
-    block, input = build(name, dims)
-    output = block(input)
-    assert output.shape == (5, 8, *input.shape[2:])
-    output.square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in block.parameters())
-    assert torch.equal(copy.deepcopy(block)(input), block(input))
-    assert torch.equal(pickle.loads(pickle.dumps(block))(input), block(input))
-
-
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_options_of_the_convolution_arrive(name, dims):
-    block, input = build(name, dims, stride=2, groups=2, activation="tanh")
-    assert block(input).shape == norms.block("none", dims)(4, 8, 3, stride=2, padding=1)(input).shape
-    weights = [p for p in block.parameters() if p.ndim == dims + 2]
-    assert weights[0].shape[:2] == (8, 2)
-
-
-@every
+@every(norms.names())
 def test_positional_arguments_follow_the_blocks_own_order(name, dims):
     torch.manual_seed(0)
     positional = (4, 8, "tanh") if dims == 0 else (4, 8, 3, 2, 1, 2, "tanh")
@@ -64,17 +34,7 @@ def test_positional_arguments_follow_the_blocks_own_order(name, dims):
     assert torch.equal(first(input), second(input))
 
 
-@every
-def test_samples_depend_on_each_other_only_under_batch_norm(name, dims):
-    torch.manual_seed(0)
-    block, input = build(name, dims)
-    changed = input.clone()
-    changed[1:] += 10.0
-    difference = (block(changed)[0] - block(input)[0]).abs().max()
-    assert (difference > 1e-3) == (name in BATCH_STATISTICS)
-
-
-@every
+@every(CLASSIC)
 def test_without_activation_the_output_can_be_negative_and_relu_follows_the_norm(name, dims):
     torch.manual_seed(0)
     linear, input = build(name, dims, activation=None)
@@ -121,17 +81,6 @@ def test_weight_norm_equals_torchs():
     with torch.no_grad():
         reference.parametrizations.weight.original0.copy_(block.linear.gain.reshape(-1, 1, 1, 1))
     torch.testing.assert_close(block(input), reference(input))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_residual_blocks_and_heads(name):
-    branch = norms.block(name)(4, 4, 3, padding=1, activation=None)
-    shortcut = norms.block(name)(4, 4, 1, activation=None)
-    input = torch.randn(2, 4, 5, 5)
-    assert norms.residual(name)(branch)(input).shape == input.shape
-    assert norms.residual(name)(branch, shortcut, activation="tanh")(input).shape == input.shape
-    assert norms.head(name)(4, 10)(torch.randn(1, 4)).shape == (1, 10)
-    assert norms.head(name, 2)(4, 10, 1)(input).shape == (2, 10, 5, 5)
 
 
 def test_errors():

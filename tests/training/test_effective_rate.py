@@ -280,9 +280,7 @@ def test_errors():
     with pytest.raises(ConfigError, match=r"decays by 0\.1; its"):
         mimic_decay(optimizer_of(model, decay=0.1), own, norms, 0.1)
     mimic_decay(optimizer, own, norms, decay=2.5)
-    with pytest.raises(
-        ConfigError, match=r"0\.weight: rate 0\.5 times decay 2\.5 must be below \(1 - sqrt\(momentum\)\)\^2 = 1,"
-    ):
+    with pytest.raises(ConfigError, match=r"0\.weight: rate 0\.5 times decay 2\.5 must be below .* = 1,"):
         train(model, optimizer, steps=1)
     optimizer = optimizer_of(model)
     schedule_norms(optimizer, own, lambda step: 1 - step)

@@ -136,7 +136,7 @@ def share(features: Tensor, target: Tensor) -> float:
         From 0 to 1.
 
     Example:
-        >>> share(torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 0.0]]), torch.tensor([1.0, 2.0, 3.0]))
+        >>> round(share(torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 0.0]]), torch.tensor([1.0, 2.0, 3.0])), 6)
         0.75
     """
     features, target = (part.double() - part.double().mean(0) for part in (features, target))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from normprop import norms
 from normprop.data import Dataset
 from normprop.errors import ConfigError, NormPropError
 from normprop.experiments.settings import Settings
@@ -54,6 +55,8 @@ def run_trial(turn: Turn, settings: Settings, dataset: Dataset) -> None:
         dataset: the data.
     """
     build = settings.builder(dataset, turn.combination.method)
+    if ":" not in settings.model:
+        norms.method(turn.combination.method)  # a worker of an older version must not call new methods impossible
     try:
         build()
     except ConfigError as error:

@@ -1,5 +1,6 @@
 """Solving for the constants of a transformed activation, out_scale * (f(in_scale * x + in_shift) + out_shift)."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normprop.errors import ConfigError
-from normprop.moments import Rule
+from normprop.moments import Activation, Rule
 from normprop.moments.gaussian import SQRT_2PI, legendre
 from normprop.moments.quadrature import UNKNOWN
 from normprop.moments.quadrature import slope as derivative
@@ -25,6 +26,23 @@ class Transform(NamedTuple):
     in_shift: float = 0.0
     out_scale: float = 1.0
     out_shift: float = 0.0
+
+
+def constants(solver: Callable[[Activation, float], Transform]) -> Callable[[Activation, float], Transform]:
+    """Make a solver remember its answers and work on the CPU, whatever the default device, e.g. meta.
+
+    Example:
+        >>> constants(lambda activation, target: Transform(target))("relu", 2.0).in_scale
+        2.0
+    """
+
+    @functools.lru_cache(maxsize=64)
+    @functools.wraps(solver)
+    def solved(activation: Activation, target: float) -> Transform:
+        with torch.no_grad(), torch.device("cpu"):
+            return solver(activation, target)
+
+    return solved
 
 
 class Expectations(NamedTuple):
@@ -91,6 +109,19 @@ def solve(residual: Callable[[Tensor], Tensor], starts: Tensor) -> Tensor:
         step = torch.stack([d * r - b * s, a * s - c * r], 1) / (a * d - b * c)[:, None]
         x = x - step.clamp(-0.5, 0.5)
     return x[(residual(x).abs() < 1e-9).all(1)]
+
+
+def bisect(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where an increasing function crosses zero between two numbers; the nearer end if it does not.
+
+    Example:
+        >>> round(bisect(lambda x: x * x - 2.0, 0.0, 2.0), 12)
+        1.414213562373
+    """
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
 def nearest(rule: Rule, roots: Tensor, method: str, goal: str) -> Tensor:

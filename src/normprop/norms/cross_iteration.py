@@ -17,12 +17,13 @@ mean square comes out too small by the mean of :math:`((W - W_\tau) x)^2`.
   averages are of the present batch alone. eval: the running averages, as batch norm.
 - A past batch whose corrected variance is negative is left out, per channel.
 
-Use it when batches are small, the layers wide and the learning rate moderate. Do not use it where memory is short: it
-keeps 2 (k - 1) copies of every weight; nor with weights that jump between steps, which no first order follows.
+Use it when batches are small, after a burn-in that has settled the weights. Do not use it from the first step: past
+batches are constants to the gradient, and small networks then train worse than with batch norm. Nor where memory is
+short: it keeps 2 (k - 1) copies of every weight.
 
 Source:
-    Yao et al. 2021, and its public code: left-out channels (the paper has ``negative_variance="zero"`` or similar,
-    unchecked), derivatives kept without gradient. That code puts epsilon outside the square root, draws the initial
+    Yao et al. 2021, and its public code: left-out channels (``negative_variance="zero"`` is the other guard in use),
+    derivatives kept without gradient. That code puts epsilon outside the square root, draws the initial
     gain from [0, 1), and burns in for 8 of 12 epochs; here epsilon is inside, the gain starts at 1, and the burn-in is
     a number of steps during which the window already fills.
 """

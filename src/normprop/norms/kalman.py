@@ -29,12 +29,14 @@ Two forms of the prior:
 Between blocks, poolings, dropout and ``nn.Identity`` are passed: max pooling gives the moments of the largest of k
 independent Gaussians, before an activation that is taken not to decrease; dropout its exact moments; average pooling
 leaves both moments, as in the public code (the true variance is between that and a k-th of it). After any other module,
-a DataNorm or nn.Flatten among them, the chain starts anew. In a residual sum, means and
-variances of the paths add. The public code pads the moments where channels are added, and misaligns them for several
-micro-batches; here a shortcut that changes shape is a block.
+a DataNorm or nn.Flatten among them, the chain starts anew. In a residual sum, means and variances of the paths add. The
+public code pads the moments where channels are added, and misaligns them for several micro-batches; here a shortcut
+that changes shape is a block.
 
-Use it when batches are of 2 to 32 samples and batch norm is wanted. Do not use it where blocks are called out of
-order, in parts or recomputed (activation checkpointing): a block needs the one before it in the same pass.
+Use it when batches are small, down to one image, and running averages are wanted in evaluation (``kalman-batch``) or
+samples must not depend on each other (``kalman-group``). Do not use it where batches are large, as the prior then adds
+cost and nothing else, nor where blocks are called out of order, in parts or recomputed (activation checkpointing): a
+block needs the one before it in the same pass.
 
 Source:
     Wang, Peng, Luo, Wang & Lin 2018; its public code for the filter, the limit of 100 and the sampled form. The closed

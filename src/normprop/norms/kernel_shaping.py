@@ -24,7 +24,6 @@ Source:
     Deep Kernel Shaping; the authors' code.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +35,16 @@ from torch import Tensor, nn
 from normprop import moments
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
-from normprop.norms.activation_transform import Transform, expectations, grid, nearest, refuse_learnable, solve
+from normprop.norms.activation_transform import (
+    Transform,
+    bisect,
+    constants,
+    expectations,
+    grid,
+    nearest,
+    refuse_learnable,
+    solve,
+)
 from normprop.norms.plain import linear_map, of_blocks
 
 MAX_SLOPE = 1.5
@@ -45,8 +53,7 @@ ALONE = 10
 """Layers of the network that a block takes itself to be in: one or two layers have too little room to be shaped."""
 
 
-@functools.lru_cache(maxsize=64)
-@torch.no_grad()
+@constants
 def kernel_transform(activation: Activation, slope: float) -> Transform:
     r"""Constants with Q(1) = 1, Q'(1) = 1, C(0) = 0 and C'(1) = ``slope``.
 
@@ -251,14 +258,6 @@ def through(module: nn.Module, value: float, local: Callable[[float], float]) ->
     for child in module._modules.values():
         value = value if child is None else through(child, value, local)
     return value
-
-
-def bisect(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where an increasing function crosses zero between two numbers; the nearer end if it does not."""
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < 0 else (low, middle)
-    return (low + high) / 2
 
 
 def kernel_shaped(activation: Activation) -> nn.Module:

@@ -69,8 +69,8 @@ class RowLSTM(nn.Module):
     """NormProp LSTM over the rows of a map, its input part a NormProp convolution with four filters per channel.
 
     Args:
-        linear: NormProp convolution of gain sqrt(1/2) without activation, to 4 * channels. Each of its groups holds the
-            forget, input, output and candidate filters of that group's channels, in this order.
+        linear: NormProp convolution without activation, to 4 * channels, of gain ``INPUT_GAIN``. Each of its groups
+            holds the forget, input, output and candidate filters of its channels, in this order.
 
     Shape:
         (N, in_channels, rows, *space) to (N, channels, rows', *space').

@@ -90,7 +90,9 @@ class ScaledActivation(nn.Module):
         super().__init__()
         self.activation = activation if isinstance(activation, nn.Module) else ElementwiseActivation(activation)
         with torch.no_grad():
-            self.gain = float(torch.as_tensor(moments.of(activation).std, dtype=torch.float64).reciprocal().mean())
+            self.gain = float(
+                torch.as_tensor(moments.of(activation).std, dtype=torch.float64, device="cpu").reciprocal().mean()
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply and scale."""

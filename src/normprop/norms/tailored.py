@@ -22,7 +22,6 @@ Source:
     Zhang, Botev & Martens 2022, Deep Learning without Shortcuts; the authors' code.
 """
 
-import functools
 import math
 from functools import partial
 
@@ -32,8 +31,17 @@ from torch import Tensor, nn
 from normprop import moments
 from normprop.errors import ConfigError
 from normprop.moments import Activation
-from normprop.norms.activation_transform import Transform, expectations, grid, nearest, refuse_learnable, solve
-from normprop.norms.kernel_shaping import ALONE, NormalizedResidual, ShapedActivation, bisect, block, head, through
+from normprop.norms.activation_transform import (
+    Transform,
+    bisect,
+    constants,
+    expectations,
+    grid,
+    nearest,
+    refuse_learnable,
+    solve,
+)
+from normprop.norms.kernel_shaping import ALONE, NormalizedResidual, ShapedActivation, block, head, through
 from normprop.norms.plain import of_blocks
 
 CORRELATION = 0.9
@@ -98,8 +106,7 @@ def leaky_transform(slope: float) -> Transform:
     return Transform(out_scale=math.sqrt(2.0 / (1.0 + slope * slope)))
 
 
-@functools.lru_cache(maxsize=64)
-@torch.no_grad()
+@constants
 def tailored_transform(activation: Activation, curvature: float) -> Transform:
     r"""Constants of a smooth activation with Q(1) = 1, Q'(1) = 1, C'(1) = 1 and C''(1) = ``curvature``.
 

@@ -47,8 +47,9 @@ def mimic_decay(
     .. math:: \eta' = \eta c^2 r, \qquad r = \frac{1}{1 - \eta \lambda + m \frac{\eta}{\eta_-} (1 - r_-)}
 
     with r and eta of the step before in :math:`r_-` and :math:`\eta_-`, 1 and eta at first: r is the factor by which c
-    grows in this step. Nesterov's momentum, dampening and other optimisers are approximated. A training that amplifies
-    rounding parts the two runs in time; their effective steps stay the same.
+    grows in this step. Nesterov's momentum, dampening and other optimisers are approximated. So are layers that are
+    not quite scale-invariant: the usual epsilon of batch norm, 1e-5, parts the two runs in some tens of steps of a
+    residual network; their effective steps stay the same.
 
     The paper's rule is :math:`\eta' = \eta c^2`: without r steps are too short by :math:`1 - \eta \lambda`, and
     with momentum by about :math:`1 - \eta \lambda / (1 - m)`.
