@@ -134,9 +134,8 @@ def test_block_with_mean_only_batch_norm_centres_every_channel():
     block = norms.block("bounded-weight-mean")(3, 4, 3, activation=None)
     output = block(torch.randn(8, 3, 6, 6) + 5)
     torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
-    for size in ((1, 3, 3, 3), (0, 3, 5, 5)):
-        with pytest.raises(ValueError, match=r"norms\.bounded-weight-mean: expected more than 1 value per channel"):
-            block(torch.zeros(size))
+    with pytest.raises(ValueError, match=r"norms\.bounded-weight-mean: expected more than 1 value per channel"):
+        block(torch.zeros(1, 3, 3, 3))
     assert norms.block("bounded-weight")(3, 4, 3)(torch.zeros(1, 3, 3, 3)).shape == (1, 4, 1, 1)
 
 

@@ -232,7 +232,7 @@ def test_constant_channels_give_the_bias_and_finite_gradients(kind):
 @kinds
 def test_errors(kind):
     layer = norms.create(f"batch-{kind}", 3)
-    for size in ((1, 3), (1, 3, 1, 1), (0, 3, 4, 4)):
+    for size in ((1, 3), (1, 3, 1, 1)):
         with pytest.raises(ValueError, match=f"norms.batch-{kind}: expected more than 1 value per channel"):
             layer(torch.zeros(size))
     assert layer.num_batches_tracked == 0

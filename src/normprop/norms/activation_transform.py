@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normprop.errors import ConfigError
-from normprop.moments import Activation, Rule
+from normprop.moments import Activation, Rule, resolve
 from normprop.moments.gaussian import SQRT_2PI, legendre
 from normprop.moments.quadrature import UNKNOWN
 from normprop.moments.quadrature import slope as derivative
@@ -29,7 +29,7 @@ class Transform(NamedTuple):
 
 
 def constants(solver: Callable[[Activation, float], Transform]) -> Callable[[Activation, float], Transform]:
-    """Make a solver remember its answers and work on the CPU, whatever the default device, e.g. meta.
+    """Make a solver remember its answers, refuse activations that learn, and work on the CPU whatever the default device.
 
     Example:
         >>> constants(lambda activation, target: Transform(target))("relu", 2.0).in_scale
@@ -39,6 +39,11 @@ def constants(solver: Callable[[Activation, float], Transform]) -> Callable[[Act
     @functools.lru_cache(maxsize=64)
     @functools.wraps(solver)
     def solved(activation: Activation, target: float) -> Transform:
+        rule = resolve(activation)
+        if rule.learnable:
+            raise ConfigError(
+                f"norms: {rule.name} learns its shape, which its constants depend on; use a fixed activation"
+            )
         with torch.no_grad(), torch.device("cpu"):
             return solver(activation, target)
 
@@ -161,15 +166,3 @@ def grid(strength: float) -> Tensor:
     scales = [math.log(factor * math.sqrt(strength)) for factor in (0.3, 1.0, 3.0)]
     shifts = torch.linspace(-2.4, 2.4, 9, dtype=torch.float64)
     return torch.cartesian_prod(torch.tensor(scales, dtype=torch.float64), shifts)
-
-
-def refuse_learnable(rule: Rule, method: str) -> None:
-    """Refuse an activation that would change under its constants.
-
-    Example:
-        >>> refuse_learnable(Rule("f", torch.tanh, UNKNOWN), "kernel-shaped")
-    """
-    if rule.learnable:
-        raise ConfigError(
-            f"norms.{method}: {rule.name} learns its shape, which the constants depend on; use a fixed one"
-        )

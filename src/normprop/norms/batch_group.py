@@ -26,18 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.errors import ConfigError
+from normprop.norms.classic import default_groups
 from normprop.norms.plain import of_layers
 from normprop.norms.running import require_values
-
-
-def default_groups(channels: int) -> int:
-    """Return 32, or as many groups as divide the channels into groups of two or more.
-
-    Example:
-        >>> default_groups(192), default_groups(48), default_groups(5)
-        (32, 8, 1)
-    """
-    return 1 if channels % 2 else math.gcd(channels // 2, 32)
 
 
 class BatchGroupNorm(nn.Module):
@@ -46,7 +37,7 @@ class BatchGroupNorm(nn.Module):
     Args:
         num_features: channels C of the input.
         num_groups: groups G, a divisor of C or of C times the size of the map. Fewer groups give more values to each
-            statistic; use C with large batches. ``None``: :func:`default_groups`.
+            statistic; use C with large batches. ``None``: as many as group norm has for maps.
         eps: added to the variance.
         momentum: weight of a new batch in the running averages.
 
@@ -75,7 +66,7 @@ class BatchGroupNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.num_groups = default_groups(num_features) if num_groups is None else num_groups
+        self.num_groups = default_groups(2, num_features) if num_groups is None else num_groups
         if self.num_groups < 1:
             raise ConfigError(f"norms.batch-group: num_groups must be 1 or more, got {num_groups}")
         self.eps = eps

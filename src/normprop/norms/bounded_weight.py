@@ -45,7 +45,7 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: weight of the new value in the running mean, which evaluation uses.
 
     Shape:
-        (N, C, *space) to the same; a ValueError for fewer than two values per channel in training.
+        (N, C, *space) to the same; a ValueError for one value per channel in training.
 
     Source:
         Salimans & Kingma 2016.
@@ -69,7 +69,7 @@ class MeanOnlyBatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Centre a batch, and in training move the running mean towards its mean."""
         mean = self.running_mean
-        if self.training:
+        if self.training and input.numel() > 0:
             if input.numel() < 2 * input.shape[1]:
                 raise ValueError(
                     "norms.bounded-weight-mean: expected more than 1 value per channel when training, got input size "

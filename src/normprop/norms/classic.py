@@ -26,9 +26,29 @@ def batch_norm(dims: int, channels: int) -> nn.Module:
     return _BATCH[dims](channels)
 
 
+def default_groups(dims: int, channels: int) -> int:
+    """Return 32, or as many groups as divide the channels into groups of two or more, eight or more without space.
+
+    Without space a group of two has two values, of which normalisation leaves no more than the order.
+
+    Args:
+        dims: spatial dimensions.
+        channels: number of channels.
+
+    Returns:
+        The number of groups, a divisor of the channels; 1 where there is no other.
+
+    Example:
+        >>> default_groups(2, 192), default_groups(2, 48), default_groups(2, 5), default_groups(0, 64)
+        (32, 8, 1, 8)
+    """
+    least = 2 if dims else 8
+    return 1 if channels % least else math.gcd(channels // least, 32)
+
+
 def group_norm(dims: int, channels: int) -> nn.Module:
-    """Group norm with 32 groups, or as many of them as divide the channels into groups of two or more."""
-    return nn.GroupNorm(1 if channels % 2 else math.gcd(channels // 2, 32), channels)
+    """Group norm with :func:`default_groups`."""
+    return nn.GroupNorm(default_groups(dims, channels), channels)
 
 
 def layer_norm(dims: int, channels: int) -> nn.Module:

@@ -12,7 +12,7 @@ it stands between a linear map and the activation, where the paper makes no clai
 variance for both together, which is larger, or else every layer would halve its input.
 
 Source:
-    Zhu, Chen, He, LeCun & Liu 2025, equation 2 and algorithm 1.
+    Zhu, Chen, He, LeCun & Liu 2025.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class DynamicTanh(nn.Module):
         (\*, num_features, \*space) to the same, with ``dims`` axes of space.
 
     Source:
-        Zhu et al. 2025, equation 2.
+        Zhu et al. 2025.
 
     Example:
         >>> DynamicTanh(2)(torch.tensor([[0.0, 2.0]]))

@@ -8,18 +8,17 @@ function, a sample's output depends on that sample alone. There are 32 groups, o
 into groups of two or more, as in ``group``; in linear layers, whose groups would hold few values, there is one.
 
 The nonlinearity is the method's own: in a block it takes the place of any activation. Without activation, as in front
-of a residual sum, the block has the norm without :math:`\sigma`, :math:`y = \gamma x / \sqrt{s^2 + \epsilon} + \beta`;
-the authors' code leaves the norm away too and keeps the affine map alone. The activation after a residual sum is the
-plain one.
+of a residual sum, the block has the norm without :math:`\sigma`, :math:`y = \gamma x / \sqrt{s^2 + \epsilon} + \beta`
+(ours). The activation after a residual sum is the plain one.
 
 Shape: (N, C, \*space) to the same.
 
 Use it in the place of batch norm and ReLU in convolutional networks, at any batch size. Do not use it where a certain
-activation is wanted, or where a group holds few values, as on 1x1 maps: x is not
-centred, so dividing by a deviation of a few values gives outliers.
+activation is wanted, or where a group holds few values, as on 1x1 maps: x is not centred, so dividing by a deviation of
+a few values gives outliers.
 
 Source:
-    Liu, Brock, Simonyan & Le 2020, table 1 and appendix.
+    Liu, Brock, Simonyan & Le 2020.
 """
 
 from typing import Any
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
-from normprop.norms import classic
+from normprop.norms.classic import default_groups
 from normprop.norms.plain import linear_map, of_blocks
 
 
@@ -49,7 +48,7 @@ class EvoNormS0(nn.Module):
         (N, num_channels, \*space) to the same.
 
     Source:
-        Liu et al. 2020, table 1.
+        Liu et al. 2020.
 
     Example:
         >>> EvoNormS0(4, 8)(torch.randn(2, 8, 5, 5)).shape
@@ -89,8 +88,7 @@ class EvoNormS0(nn.Module):
 
 def evonorm_s0(dims: int, num_features: int, nonlinear: bool = True) -> nn.Module:
     """EvoNorm-S0 with as many groups as group norm has here, or with one for features."""
-    group: Any = classic.group_norm(dims, num_features)
-    return EvoNormS0(group.num_groups if dims else 1, num_features, nonlinear=nonlinear)
+    return EvoNormS0(default_groups(dims, num_features) if dims else 1, num_features, nonlinear=nonlinear)
 
 
 def block(

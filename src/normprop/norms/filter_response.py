@@ -20,7 +20,7 @@ Use it in convolutional networks at any batch size. Do not use it for linear lay
 activations with a large common mean, which is not removed.
 
 Source:
-    Singh & Krishnan 2020, section 3.
+    Singh & Krishnan 2020.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ class FilterResponseNorm(nn.Module):
         (\*, num_features, \*space) to the same, with ``dims`` axes of space.
 
     Source:
-        Singh & Krishnan 2020, section 3.1.
+        Singh & Krishnan 2020.
 
     Example:
         >>> FilterResponseNorm(1, dims=1)(torch.tensor([[[1.0, 7.0]]]))
@@ -108,7 +108,7 @@ class ThresholdedLinearUnit(nn.Module):
         (\*, num_features, \*space) to the same, with ``dims`` axes of space.
 
     Source:
-        Singh & Krishnan 2020, section 3.2.
+        Singh & Krishnan 2020.
 
     Example:
         >>> ThresholdedLinearUnit(2)(torch.tensor([[-1.0, 2.0]]))

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 from normprop.errors import ConfigError
 from normprop.moments import Activation
+from normprop.norms.classic import default_groups
 from normprop.norms.kalman_filter import PRIOR_WEIGHT, KalmanBatchNorm, KalmanGroupNorm
 from normprop.norms.kalman_pass import PASSED, Link, Output, Pass, Source, effect
 from normprop.norms.kalman_prior import Gaussian, activated, closed, sampled
@@ -221,7 +222,7 @@ def _join(module: KalmanBlock | KalmanResidual, sources: tuple[Source, ...], cur
 
 
 def _block(
-    norm: Callable[[int], KalmanBatchNorm | KalmanGroupNorm],
+    norm: Callable[[int, int], KalmanBatchNorm | KalmanGroupNorm],
     prior: Prior,
     dims: int,
     in_channels: int,
@@ -232,10 +233,10 @@ def _block(
 ) -> nn.Module:
     """Build one block."""
     linear = linear_map(dims, in_channels, out_channels, *args, activation=activation, bias=False, **kwargs)
-    return KalmanBlock(linear, norm(out_channels), activation, prior)
+    return KalmanBlock(linear, norm(dims, out_channels), activation, prior)
 
 
-def _method(norm: Callable[[int], KalmanBatchNorm | KalmanGroupNorm], prior: Prior) -> Method:
+def _method(norm: Callable[[int, int], KalmanBatchNorm | KalmanGroupNorm], prior: Prior) -> Method:
     paper = "Wang et al. 2018, Kalman Normalization"
     return of_blocks(paper, partial(_block, norm, prior), residual=KalmanResidual, finish=link)
 
@@ -255,7 +256,11 @@ def batch_method(prior: Prior = "closed", prior_weight: float = PRIOR_WEIGHT, mi
         >>> batch_method("sampled", prior_weight=0.9, micro_batch=2).block(2, 3, 8, 3).norm
         KalmanBatchNorm(8, prior_weight=0.9)
     """
-    return _method(partial(KalmanBatchNorm, prior_weight=prior_weight, micro_batch=micro_batch), prior)
+
+    def norm(dims: int, channels: int) -> KalmanBatchNorm:
+        return KalmanBatchNorm(channels, prior_weight=prior_weight, micro_batch=micro_batch)
+
+    return _method(norm, prior)
 
 
 def group_method(prior_weight: float = PRIOR_WEIGHT) -> Method:
@@ -271,7 +276,11 @@ def group_method(prior_weight: float = PRIOR_WEIGHT) -> Method:
         >>> group_method(0.5).block(2, 3, 8, 3).norm
         KalmanGroupNorm(8, prior_weight=0.5)
     """
-    return _method(partial(KalmanGroupNorm, prior_weight=prior_weight), "closed")
+
+    def norm(dims: int, channels: int) -> KalmanGroupNorm:
+        return KalmanGroupNorm(channels, prior_weight, default_groups(dims, channels))
+
+    return _method(norm, "closed")
 
 
 METHODS = {"kalman-batch": batch_method(), "kalman-group": group_method()}

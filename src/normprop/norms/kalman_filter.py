@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normprop.errors import ConfigError
 from normprop.fused import at_least_float32
-from normprop.norms.batch_group import default_groups
+from normprop.norms.classic import default_groups
 from normprop.norms.kalman_prior import Gaussian, measured
 
 PRIOR_WEIGHT = 0.9
@@ -210,12 +210,12 @@ class KalmanBatchNorm(_KalmanNorm):
 class KalmanGroupNorm(_KalmanNorm):
     r"""Group norm with filtered statistics, in training and evaluation alike.
 
-    The prior of a group of channels is the mixture of its channels' priors. It has 32 groups, or as many of them as
-    divide the channels into groups of two or more.
+    The prior of a group of channels is the mixture of its channels' priors.
 
     Args:
         num_features: channels C.
         prior_weight: p.
+        num_groups: groups of channels; ``None`` for as many as group norm has for maps.
         eps: added to the variance.
 
     Shape:
@@ -235,9 +235,18 @@ class KalmanGroupNorm(_KalmanNorm):
 
     takes_prior = True
 
-    def __init__(self, num_features: int, prior_weight: float = PRIOR_WEIGHT, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        prior_weight: float = PRIOR_WEIGHT,
+        num_groups: int | None = None,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__(num_features, prior_weight, eps)
-        self.size = num_features // default_groups(num_features)
+        groups = default_groups(2, num_features) if num_groups is None else num_groups
+        if groups < 1 or num_features % groups:
+            raise ConfigError(f"norms.kalman-group: {groups} groups do not divide {num_features} channels")
+        self.size = num_features // groups
 
     def forward(self, input: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian]:
         """Normalise, and return the moments it was done with."""

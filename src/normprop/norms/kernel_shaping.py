@@ -35,16 +35,7 @@ from torch import Tensor, nn
 from normprop import moments
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
-from normprop.norms.activation_transform import (
-    Transform,
-    bisect,
-    constants,
-    expectations,
-    grid,
-    nearest,
-    refuse_learnable,
-    solve,
-)
+from normprop.norms.activation_transform import Transform, bisect, constants, expectations, grid, nearest, solve
 from normprop.norms.plain import linear_map, of_blocks
 
 MAX_SLOPE = 1.5
@@ -78,7 +69,6 @@ def kernel_transform(activation: Activation, slope: float) -> Transform:
         [1.0, 0.0, 1.7129, -0.3989]
     """
     rule = moments.resolve(activation)
-    refuse_learnable(rule, "kernel-shaped")
     if rule.homogeneous:
         unit = moments.of(rule)
         return Transform(1.0, 0.0, 1.0 / float(unit.std), -float(unit.mean))

@@ -105,7 +105,7 @@ def lp_batch_norm(
         bias: shift, (C,).
         running_mean: average of the means, (C,); updated in place when training, used otherwise.
         running_deviation: average of the spreads, (C,); likewise.
-        training: whether to use the statistics of this batch.
+        training: whether to use the statistics of this batch; an empty one has none and gives an empty output.
         k: number of values that ``"topk"`` averages.
         momentum: weight of the new value in the running averages.
         eps: added to the spread itself.
@@ -114,7 +114,7 @@ def lp_batch_norm(
         Normalised input, same shape and dtype.
 
     Raises:
-        ValueError: when training on fewer than two values per channel.
+        ValueError: when training on one value per channel.
 
     Source:
         Hoffer et al. 2018.
@@ -127,7 +127,7 @@ def lp_batch_norm(
     """
     values = at_least_float32(input)
     shape = (1, -1, *[1] * (input.ndim - 2))
-    if training:
+    if training and input.numel() > 0:
         if input.numel() < 2 * input.shape[1]:
             raise ValueError(
                 f"norms.batch-{kind}: expected more than 1 value per channel when training, got input size "
@@ -161,7 +161,7 @@ class LpBatchNorm(nn.Module):
         ConfigError: for an unknown kind or numbers out of range.
 
     Shape:
-        (N, C, *space) to the same; a ValueError for another C, or for fewer than two values per channel in training.
+        (N, C, *space) to the same; a ValueError for another C, or for one value per channel in training.
 
     Source:
         Hoffer et al. 2018.
@@ -210,7 +210,7 @@ class LpBatchNorm(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
         )
-        if self.training:
+        if self.training and input.numel() > 0:
             self.num_batches_tracked.add_(1)
         return output
 

@@ -29,7 +29,7 @@ constants with depth, the proxy prevents that. Do not use ``proxy-instance`` on 
 not elementwise.
 
 Source:
-    Labatie, Masters, Eaton-Rosen & Luschi 2021, section 5, and their public code.
+    Labatie, Masters, Eaton-Rosen & Luschi 2021, and their public code.
 """
 
 from collections import OrderedDict
@@ -45,7 +45,7 @@ from normprop.errors import ConfigError
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
 from normprop.moments.rule import widened
-from normprop.norms import classic
+from normprop.norms.classic import default_groups
 from normprop.norms.plain import activation_module, linear_map, of_blocks
 
 NORM_EPS = 1e-3
@@ -82,7 +82,7 @@ def proxy_moments(
         Mean and variance, each (C,), in float32 or better, differentiable in the four parameters.
 
     Source:
-        Labatie et al. 2021, equation 8; by quantiles as their code.
+        Labatie et al. 2021; by quantiles as their code.
 
     Example:
         >>> one, zero = torch.ones(1), torch.zeros(1)
@@ -145,7 +145,7 @@ class ProxyNorm(nn.Module):
         (N, num_channels, \*space) to the same.
 
     Source:
-        Labatie et al. 2021, section 5.
+        Labatie et al. 2021.
 
     Example:
         >>> ProxyNorm(4, 8)(torch.randn(2, 8, 5, 5)).shape
@@ -213,12 +213,6 @@ def _one(dims: int, channels: int) -> int:
     return 1
 
 
-def _shared(dims: int, channels: int) -> int:
-    """As many groups as group norm has here."""
-    norm: Any = classic.group_norm(dims, channels)
-    return int(norm.num_groups)
-
-
 def _each(dims: int, channels: int) -> int:
     """One group per channel: instance norm, which needs space."""
     if dims == 0:
@@ -232,5 +226,5 @@ def _each(dims: int, channels: int) -> int:
 _SOURCE = "Labatie et al. 2021, Proxy-Normalizing Activations to Match Batch Normalization"
 METHODS = {
     f"proxy-{name}": of_blocks(_SOURCE, partial(block, num_groups))
-    for name, num_groups in (("layer", _one), ("group", _shared), ("instance", _each))
+    for name, num_groups in (("layer", _one), ("group", default_groups), ("instance", _each))
 }

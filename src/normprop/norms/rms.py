@@ -18,8 +18,8 @@ mean. Do not use it where the mean of the pre-activations carries no information
 ``prms`` where few values are left to average: the ratio of a normal variable to one other has no variance.
 
 Source:
-    Zhang & Sennrich 2019, equations 2 to 4, and section 4 for ``prms``. Their codes place epsilon differently: outside
-    the root for PyTorch (1e-8), inside for the others (1e-8 and 1e-5).
+    Zhang & Sennrich 2019. Their codes place epsilon differently: outside the root for PyTorch (1e-8), inside for the
+    others (1e-8 and 1e-5).
 """
 
 import math
@@ -53,7 +53,7 @@ def inverse_rms(
         A tensor that broadcasts against ``input``. Zeros have a finite value and gradient.
 
     Source:
-        Zhang & Sennrich 2019, equation 4.
+        Zhang & Sennrich 2019.
 
     Example:
         >>> inverse_rms(torch.tensor([[3.0, 4.0]]), (-1,), eps=0.0)
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         (\*, num_features, \*space) to the same, with ``dims`` axes of space.
 
     Source:
-        Zhang & Sennrich 2019, equation 4 and section 4.
+        Zhang & Sennrich 2019.
 
     Example:
         >>> RMSNorm(2)(torch.tensor([[1.0, 7.0]]))
@@ -147,7 +147,7 @@ def partial_size(num_features: int, p: float | None = None) -> int:
         ConfigError: for a p that leaves none, or more than all.
 
     Source:
-        Zhang & Sennrich 2019, section 4.
+        Zhang & Sennrich 2019.
 
     Example:
         >>> partial_size(256, 0.25), partial_size(256), partial_size(24), partial_size(3)

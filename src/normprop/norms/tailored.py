@@ -31,16 +31,7 @@ from torch import Tensor, nn
 from normprop import moments
 from normprop.errors import ConfigError
 from normprop.moments import Activation
-from normprop.norms.activation_transform import (
-    Transform,
-    bisect,
-    constants,
-    expectations,
-    grid,
-    nearest,
-    refuse_learnable,
-    solve,
-)
+from normprop.norms.activation_transform import Transform, bisect, constants, expectations, grid, nearest, solve
 from normprop.norms.kernel_shaping import ALONE, NormalizedResidual, ShapedActivation, block, head, through
 from normprop.norms.plain import of_blocks
 
@@ -132,7 +123,6 @@ def tailored_transform(activation: Activation, curvature: float) -> Transform:
         True
     """
     rule = moments.resolve(activation)
-    refuse_learnable(rule, "tailored")
     unit = expectations(rule, *torch.tensor([[1.0], [0.5]], dtype=torch.float64))
     # E[f'(u) z] = E[f''(u)] at scale 1, unless f'' has a part that derivatives do not show: a jump of f'.
     if float((unit.tilt - unit.second).abs()) > 1e-6:
