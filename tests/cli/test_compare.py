@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from normprop.errors import ConfigError
+from normprop.experiments.grid import Combination
+from normprop.experiments.settings import Settings
 from normprop.experiments.study import Study
+from normprop.experiments.worker import run_trial
 
 LARGER = ["compare", "--data", "digits", "--model", "mlp", "--width", "0.125", "--train", "1000", "--test", "50"]
 
@@ -91,6 +95,35 @@ def test_end_to_end_with_two_workers(normprop, here, directory, tiny):
     )
     layer = [row for row in grown["table"] if row["method"] == "layer"]
     assert all(row["step_time"] is not None for row in layer)
+
+
+def test_rates_are_tuned_on_some_seeds_and_a_method_that_cannot_build_is_one_row(here, directory, tiny):
+    arguments = ["compare", *tiny, "--methods", "none,instance", "--batch-sizes", "16", "--lrs", "1e-6,0.03"]
+    arguments += ["--seeds", "0,1,2", "--tuning-seeds", "1", "--workers", "1", "--step-time", "0", "--json"]
+    document = json.loads(here(*arguments).out)
+    ran = {(trial["lr"], trial["seed"]) for trial in document["trials"] if trial["method"] == "none"}
+    assert ran == {(1e-6, 0), (0.03, 0), (0.03, 1), (0.03, 2)}
+    none, instance = document["table"]
+    assert (none["best_lr"], none["seeds"]) == (0.03, 3)
+    assert instance["impossible"] == next(t["reason"] for t in document["trials"] if t["method"] == "instance")
+    assert "norms.instance" in instance["impossible"]
+    again = json.loads(here(*arguments).out)
+    assert again["trials"] == document["trials"]
+
+
+def test_a_network_that_no_method_builds_and_an_unknown_method_are_errors(here, line, tiny):
+    wrong = ["compare", "--data", "digits", "--model", "mlp", "--step-time", "0"]
+    assert "there are all, none" in line(here(*wrong, "--methods", "bach"))
+    assert "instance norm" in line(here(*wrong, "--methods", "instance"))
+
+
+def test_a_worker_that_does_not_know_a_method_leaves_its_trial_alone(directory):
+    settings = Settings(model="mlp")
+    study = Study.create(f"sqlite:///{directory}/study.db", "s", {})
+    study.enrol([Combination("of-a-newer-version", 8, 0.1, 0)])
+    with pytest.raises(ConfigError, match="no method 'of-a-newer-version'"), study.claim("me") as turn:
+        run_trial(turn, settings, settings.load())
+    assert not study.trials()
 
 
 def test_other_settings_are_refused(here, line, tiny):

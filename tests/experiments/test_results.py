@@ -43,6 +43,15 @@ def test_mean_over_seeds_decides_not_the_luckiest_seed():
     assert row["best_lr"] == 0.2
 
 
+def test_a_rate_tried_with_fewer_seeds_lost_its_chance_before():
+    tuned = [trial(0.1, 0, 0.30, 0.3), trial(0.1, 1, 0.40, 0.4), trial(0.2, 0, 0.35, 0.2)]
+    row = only(tuned)
+    assert (row["best_lr"], row["seeds"]) == (0.1, 2)
+    # A rate chosen with one seed at which another diverges is out, whatever is left.
+    row = only([*tuned[:1], trial(0.1, 1, status="diverged"), tuned[2]])
+    assert (row["best_lr"], row["seeds"]) == (0.2, 1)
+
+
 def test_rate_with_a_diverged_seed_is_out_and_named():
     row = only(
         [trial(0.1, 0, 0.5, 0.5), trial(0.1, 1, 0.5, 0.5), trial(0.2, 0, 0.1, 0.1), trial(0.2, 1, status="diverged")]

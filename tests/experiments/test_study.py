@@ -189,6 +189,8 @@ def test_a_combination_added_twice_counts_once(study, url):
         ({"lrs": [float("nan")]}, "lrs holds nan"),
         ({"batch_sizes": [0]}, "batch_sizes holds 0"),
         ({"seeds": [-1]}, "seeds holds -1"),
+        ({"tuning_seeds": 0}, "tuning_seeds is 0: expected 1 to 1"),
+        ({"tuning_seeds": 2}, "tuning_seeds is 2: expected 1 to 1"),
     ],
 )
 def test_grids_that_cannot_work(change, line):

@@ -181,6 +181,14 @@ def test_compiled_blocks_are_the_same_function(name):
 
 
 @every
+def test_networks_are_laid_out_on_the_meta_device(name):
+    with torch.device("meta"):
+        network = build(name)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert network.to_empty(device="cpu").state_dict().keys() == build(name).state_dict().keys()
+
+
+@every
 def test_residual_blocks_and_heads(name):
     branch = norms.block(name)(4, 4, 3, padding=1, activation=None)
     shortcut = norms.block(name)(4, 4, 1, activation=None)

@@ -41,7 +41,10 @@ def _settings(
     augment: Annotated[str, _data("Comma list of flip and crop.")] = "",
     data_norm: Annotated[str, _data("Normalisation of the input: global, batch or none.")] = "global",
     model: Annotated[
-        str, _network("nin, mlp, resnet8, resnet14, ..., or package.module:factory, called with norm=.")
+        str,
+        _network(
+            "nin, mlp, resnet8, resnet14, ..., vit, lstm, two-view, or package.module:factory, called with norm=."
+        ),
     ] = "nin",
     width: Annotated[float, _network("Factor on the reference network's channels.")] = 1.0,
     epochs: Annotated[int, _training("Passes over the training images.")] = 6,

@@ -147,16 +147,19 @@ def of(activation: Activation, mean: Value = 0.0, std: Value = 1.0) -> Moments:
         0.606531
     """
     rule = resolve(activation)
-    for label, value in (("mean", mean), ("std", std)):
-        checked = torch.as_tensor(value)
-        if checked.is_complex() or not bool(torch.isfinite(checked).all()):
-            raise ConfigError(f"{label} of the Gaussian must be finite, got {value}")
-    if bool((torch.as_tensor(std) < 0).any()):
-        raise ConfigError(f"std of the Gaussian must not be negative, got {std}")
-    if isinstance(rule.law, Shape):
-        integrate = functools.partial(adaptive, widened(rule.function), shape=rule.law, name=rule.name)
-        return _compute(rule, integrate, mean, std)
-    return rule.moments(mean, std)
+    places = [value.device for value in (mean, std) if isinstance(value, Tensor)]
+    # Numbers are computed with even where new tensors go to the meta device, as when a large network is laid out.
+    with places[0] if places else torch.device("cpu"):
+        for label, value in (("mean", mean), ("std", std)):
+            checked = torch.as_tensor(value)
+            if checked.is_complex() or not bool(torch.isfinite(checked).all()):
+                raise ConfigError(f"{label} of the Gaussian must be finite, got {value}")
+        if bool((torch.as_tensor(std) < 0).any()):
+            raise ConfigError(f"std of the Gaussian must not be negative, got {std}")
+        if isinstance(rule.law, Shape):
+            integrate = functools.partial(adaptive, widened(rule.function), shape=rule.law, name=rule.name)
+            return _compute(rule, integrate, mean, std)
+        return rule.moments(mean, std)
 
 
 _BY_MODULE = {row.module: row for row in ROWS if row.module is not None}

@@ -29,7 +29,7 @@ class Transform(NamedTuple):
 
 
 def constants(solver: Callable[[Activation, float], Transform]) -> Callable[[Activation, float], Transform]:
-    """Make a solver remember its answers, refuse activations that learn, and work on the CPU whatever the default device.
+    """Make a solver remember its answers, refuse activations that learn and work on the CPU, whatever torch's default.
 
     Example:
         >>> constants(lambda activation, target: Transform(target))("relu", 2.0).in_scale

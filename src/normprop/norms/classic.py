@@ -8,7 +8,9 @@ std.
 - ``instance``: space, per sample and channel. Source: Ulyanov et al. 2016.
 - ``group``: a group of channels and space, per sample. Source: Wu & He 2018.
 
-Use ``batch`` with batches of 16 or more on one device, the others below; ``instance`` needs maps larger than 1x1.
+Use ``batch`` with batches of 16 or more on one device, ``group`` or ``layer`` below, ``layer`` in transformers. Do not
+use ``batch`` where samples must not depend on each other, nor ``instance`` on maps of 1x1 or where the strength of a
+channel tells the classes apart: it removes that.
 """
 
 import math

@@ -3,6 +3,9 @@
 Weights start with He's variance for the activation in use, 1 / (fan_in E[f(z)^2]), so that the second moment of the
 pre-activations is kept at initialisation.
 
+Use ``none`` as the baseline, and in shallow networks. Do not use it in deep ones: the mean of the activations drifts,
+and nothing holds their scale in training.
+
 Source:
     He et al. 2015, generalised to any activation by its second moment.
 """

@@ -24,9 +24,8 @@ normalises, the plain activation stays.
 Shape: (N, C_in, \*space) to (N, C_out, \*space').
 
 Use it in deep networks at any batch size, in the place of batch norm: layer and group norm let channels collapse to
-constants with depth, the proxy prevents that. Do not use ``proxy-instance`` on maps of 1x1 or linear layers, nor
-``proxy-group`` in linear layers of up to 64 features, whose groups of two keep signs alone, nor activations that are
-not elementwise.
+constants with depth, the proxy prevents that. Do not use ``proxy-instance`` on maps of 1x1 or in linear layers, nor any
+with activations that are not elementwise.
 
 Source:
     Labatie, Masters, Eaton-Rosen & Luschi 2021, and their public code.

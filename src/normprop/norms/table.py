@@ -68,10 +68,11 @@ def usage(name: str) -> str:
         >>> usage("weight").split(".")[0]
         'Use it when batches are small and the network is shallow'
     """
-    modules = [module for module in vars(norms).values() if isinstance(module, ModuleType)]
+    modules = {module for module in vars(norms).values() if isinstance(module, ModuleType)}
     texts = [inspect.getdoc(module) or "" for module in modules if name in getattr(module, "METHODS", {})]
     paragraphs = [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
-    return " ".join(part for part in paragraphs if re.match("(Use|Do not use) ", part)).replace("``", "`")
+    text = " ".join(part for part in paragraphs if re.match("(Use|Do not use) ", part))
+    return re.sub(":[a-z]+:`", "`", text).replace("``", "`")
 
 
 def markdown() -> str:
