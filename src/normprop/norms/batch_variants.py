@@ -162,7 +162,7 @@ class GhostBatchNorm(RunningNorm):
         ValueError: from a training step with a single value per channel in a part.
 
     Source:
-        Hoffer et al. 2017, algorithm 1; the equal parts are ours.
+        Hoffer et al. 2017; the equal parts are ours.
 
     Example:
         >>> norm = GhostBatchNorm(4, ghost_size=8)

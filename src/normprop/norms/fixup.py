@@ -43,7 +43,7 @@ class ScalarBias(nn.Module):
         Any.
 
     Source:
-        Zhang et al. 2019, section 3.
+        Zhang et al. 2019.
 
     Example:
         >>> ScalarBias()(torch.ones(2)).tolist()
@@ -96,7 +96,7 @@ class FixupResidual(nn.Module):
         ConfigError: if the branch has no linear map.
 
     Source:
-        Zhang et al. 2019, section 3.
+        Zhang et al. 2019.
 
     Example:
         >>> residual = FixupResidual(block(2, 4, 4, 3, padding=1, activation=None), activation=None)
@@ -158,7 +158,7 @@ def finish(network: nn.Module) -> None:
         network: the network, changed in place.
 
     Source:
-        Zhang et al. 2019, section 3, rule 2.
+        Zhang et al. 2019.
 
     Example:
         >>> layers = [block(0, 4, 4), block(0, 4, 4, activation=None)]

@@ -62,7 +62,7 @@ def kernel_transform(activation: Activation, slope: float) -> Transform:
         ConfigError: if there are none or the activation is learnable.
 
     Source:
-        Martens et al. 2021, section 5.
+        Martens et al. 2021.
 
     Example:
         >>> [round(constant, 4) for constant in kernel_transform("relu", 1.5)]
@@ -97,7 +97,7 @@ class ShapedActivation(nn.Module):
         Any.
 
     Source:
-        Martens et al. 2021, section 5.
+        Martens et al. 2021.
 
     Example:
         >>> ShapedActivation("tanh", Transform(in_scale=2.0))(torch.zeros(1))
@@ -188,7 +188,7 @@ class NormalizedResidual(nn.Module):
         share: w^2, the skip path's share of the mean square.
 
     Source:
-        Martens et al. 2021, section 4 (normalised sums).
+        Martens et al. 2021 (normalised sums).
 
     Example:
         >>> branch = block(kernel_shaped, 0, 4, 4, activation=None)
@@ -267,7 +267,7 @@ def finish(network: nn.Module) -> None:
         ConfigError: if an activation cannot have that slope.
 
     Source:
-        Martens et al. 2021, section 5.
+        Martens et al. 2021.
 
     Example:
         >>> network = nn.Sequential(*[block(kernel_shaped, 0, 4, 4, activation="tanh") for _ in range(3)])

@@ -51,7 +51,7 @@ class ScaledWeightStandardized(nn.Module):
         That of ``linear``.
 
     Source:
-        Brock et al. 2021 (norm-free ResNets), equation 2, with the gain and without the activation's scale.
+        Brock et al. 2021 (norm-free ResNets), with the gain and without the activation's scale.
 
     Example:
         >>> ScaledWeightStandardized(nn.Conv2d(3, 8, 3))(torch.randn(2, 3, 5, 5)).shape
@@ -79,7 +79,7 @@ class ScaledActivation(nn.Module):
         activation: f, see :func:`normprop.moments.resolve`.
 
     Source:
-        Brock et al. 2021 (norm-free ResNets), section 4.2.
+        Brock et al. 2021 (norm-free ResNets).
 
     Example:
         >>> round(ScaledActivation("relu").gain, 7)
@@ -128,7 +128,7 @@ class NormFreeResidual(nn.Module):
         alpha: weight of the branch.
 
     Source:
-        Brock et al. 2021 (norm-free ResNets), sections 3 and 4.1.
+        Brock et al. 2021 (norm-free ResNets).
 
     Example:
         >>> residual = NormFreeResidual(block(2, 4, 4, 3, padding=1, activation=None))
@@ -180,7 +180,7 @@ def finish(network: nn.Module) -> None:
         network: the network, changed in place.
 
     Source:
-        Brock et al. 2021 (norm-free ResNets), section 3; the activation after the last block as in the public code,
+        Brock et al. 2021 (norm-free ResNets); the activation after the last block as in the public code,
         but on a sum of variance 1.
 
     Example:

@@ -48,7 +48,7 @@ def fixed_point(mean: float = 0.0, var: float = 1.0) -> tuple[float, float]:
         ConfigError: if no positive alpha and lambda have this fixed point.
 
     Source:
-        Klambauer et al. 2017, equation 14, for (0, 1); the general form is ours.
+        Klambauer et al. 2017, for (0, 1); the general form is ours.
 
     Example:
         >>> alpha, scale = fixed_point()
@@ -99,7 +99,7 @@ def moment_map(mean: Value, var: Value, omega: Value = 0.0, tau: Value = 1.0) ->
         ConfigError: if the variance of the pre-activation is negative or not finite.
 
     Source:
-        Klambauer et al. 2017, equations 3 to 5.
+        Klambauer et al. 2017.
 
     Example:
         >>> mean, var = moment_map(0.0, 1.0)
@@ -140,7 +140,7 @@ def alpha_dropout(
         ConfigError: if p is not in [0, 1) or var is not positive.
 
     Source:
-        Klambauer et al. 2017, section 3, "New dropout technique"; the general fixed point: the authors' code.
+        Klambauer et al. 2017, "New dropout technique"; the general fixed point: the authors' code.
 
     Example:
         >>> alpha_dropout(torch.zeros(3), p=0.0)
@@ -180,7 +180,7 @@ class AlphaDropout(nn.Module):
         Any; the identity in evaluation.
 
     Source:
-        Klambauer et al. 2017, section 3.
+        Klambauer et al. 2017.
 
     Example:
         >>> AlphaDropout(0.05).eval()(torch.ones(2))

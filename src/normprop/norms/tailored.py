@@ -55,7 +55,7 @@ def leaky_correlation(c: float, slope: float) -> float:
         Correlation of the outputs, not below that of the inputs.
 
     Source:
-        Zhang et al. 2022, equation 9; at a = 0 the map of ReLU (Cho & Saul 2009).
+        Zhang et al. 2022; at a = 0 the map of ReLU (Cho & Saul 2009).
 
     Example:
         >>> round(leaky_correlation(0.0, 0.0), 6), leaky_correlation(0.5, 1.0), leaky_correlation(1.0, 0.3)
@@ -77,7 +77,7 @@ def leaky_slope(network: nn.Module, correlation: float = CORRELATION) -> float:
         The slope.
 
     Source:
-        Zhang et al. 2022, section 4.1.
+        Zhang et al. 2022.
 
     Example:
         >>> network = nn.Sequential(*[tailored("relu") for _ in range(20)])
@@ -115,7 +115,7 @@ def tailored_transform(activation: Activation, curvature: float) -> Transform:
         ConfigError: if there are none, or the activation is learnable or has a kink.
 
     Source:
-        Zhang et al. 2022, section 4.2.
+        Zhang et al. 2022.
 
     Example:
         >>> scale = tailored_transform("tanh", 0.03).in_scale
@@ -186,7 +186,7 @@ def finish(network: nn.Module) -> None:
         ConfigError: if a smooth activation cannot have the curvature.
 
     Source:
-        Zhang et al. 2022, sections 4.1 and 4.2.
+        Zhang et al. 2022.
 
     Example:
         >>> network = nn.Sequential(*[block(tailored, 0, 4, 4) for _ in range(20)])

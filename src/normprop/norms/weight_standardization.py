@@ -42,7 +42,7 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
         Standardised weight, same shape; float32 for half-precision weights. A constant filter gives zeros.
 
     Source:
-        Qiao et al. 2019, equation 2.
+        Qiao et al. 2019.
 
     Example:
         >>> standardize_weight(torch.tensor([[1.0, 3.0]]), eps=0.0)

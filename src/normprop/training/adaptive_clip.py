@@ -24,7 +24,7 @@ def adaptive_gradient_clip_(parameters: Tensor | Iterable[Tensor], clipping: flo
         eps: smallest norm that a unit's weights are taken to have, so that zero weights can move.
 
     Source:
-        Brock et al. 2021, High-Performance Large-Scale Image Recognition Without Normalization, equation 3.
+        Brock et al. 2021, High-Performance Large-Scale Image Recognition Without Normalization.
 
     Example:
         >>> weight = torch.ones(1, 4, requires_grad=True)
