@@ -66,7 +66,7 @@ class Position(nn.Module):
         (N T, features) to the same.
 
     Source:
-        Dosovitskiy et al. 2021, section 3.1.
+        Dosovitskiy et al. 2021.
 
     Example:
         >>> Position(16, 8)(torch.zeros(32, 8)).shape
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         (N T, 3 features), queries, keys and values side by side, to (N T, features); d is features / heads.
 
     Source:
-        Vaswani et al. 2017, section 3.2.
+        Vaswani et al. 2017.
 
     Example:
         >>> Attention(tokens=16, heads=2)(torch.randn(32, 24)).shape
