@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: compare test install format clean
+.PHONY: compare test docs install format clean
 
 compare: install ## Compare normalisers on the embedded digits; prints a table and the path of the report.
 	$(BIN)/normprop compare --study digits --data digits --train 500 --validation 200 --model nin --width 0.25 \
@@ -18,6 +18,9 @@ test: install ## Lint, types and tests.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+docs: install ## Write the pages that are generated.
+	$(BIN)/normprop methods --markdown > docs/methods.md
 
 install: $(VENV)/installed
 

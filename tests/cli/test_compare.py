@@ -113,8 +113,8 @@ def test_rates_are_tuned_on_some_seeds_and_a_method_that_cannot_build_is_one_row
 
 def test_a_network_that_no_method_builds_and_an_unknown_method_are_errors(here, line, tiny):
     wrong = ["compare", "--data", "digits", "--model", "mlp", "--step-time", "0"]
-    assert "there are all, none" in line(here(*wrong, "--methods", "bach"))
-    assert "instance norm" in line(here(*wrong, "--methods", "instance"))
+    assert "there are all, none" in line(*wrong, "--methods", "bach")
+    assert "instance norm" in line(*wrong, "--methods", "instance")
 
 
 def test_a_worker_that_does_not_know_a_method_leaves_its_trial_alone(directory):
