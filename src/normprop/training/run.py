@@ -24,6 +24,7 @@ with requires("train"):
 
 _PROBE = 128
 _EVALUATION_BATCH = 512
+_EVALUATION_BATCH_CPU = 64  # larger maps leave a core's cache: 1.1 in place of 0.7 ms an image
 
 
 def assemble(build: Callable[[], nn.Module], dataset: Dataset, config: TrainConfig) -> nn.Module:
@@ -198,7 +199,8 @@ class Run:
         """Return the fraction of a split that is misclassified, and whether all outputs are finite."""
         share = split[self.fabric.global_rank :: self.fabric.world_size]
         counts = torch.zeros(2, device=self.fabric.device)
-        for images, labels in batches(share, _EVALUATION_BATCH, shuffle=False):
+        size = _EVALUATION_BATCH_CPU if self.fabric.device.type == "cpu" else _EVALUATION_BATCH
+        for images, labels in batches(share, size, shuffle=False):
             logits = self._logits(self.model, images)
             counts += torch.stack([(logits.argmax(1) != labels).sum(), (~logits.isfinite()).sum()])
         wrong, broken = self.fabric.strategy.all_reduce(counts, reduce_op="sum").tolist()
