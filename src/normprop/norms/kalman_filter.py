@@ -180,7 +180,7 @@ class KalmanBatchNorm(_KalmanNorm):
 
     def forward(self, input: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian]:
         """Normalise, and return the moments it was done with."""
-        if self.training:
+        if self.training and len(input):  # an empty batch has nothing to measure
             belief = self._filter(input, prior)
         else:
             belief = Gaussian(*(at_least_float32(part)[None] for part in (self.running_mean, self.running_var)))
