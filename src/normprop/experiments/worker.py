@@ -106,6 +106,8 @@ def process(study: tuple[str, str, int], settings: Settings, worker: str, thread
         pass
     except NormPropError as error:
         failures.put(error)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is in hand any more: leave without a traceback
 
 
 def _stop(signum: int, frame: object) -> None:
