@@ -28,13 +28,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.functional import normalize_weight
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
-from normprop.norms.plain import activation_module, linear_map, of_blocks
+from normprop.norms.plain import activation_module, apply_linear, linear_map, of_blocks
 
 
 class MeanOnlyBatchNorm(nn.Module):
@@ -117,11 +116,7 @@ class BoundedWeight(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the linear map with filters of length rho."""
         length = self.rho.expand(len(self.linear.weight))
-        weight = normalize_weight(self.linear.weight, length).to(self.linear.weight.dtype)
-        if isinstance(self.linear, nn.Linear):
-            return F.linear(input, weight, self.linear.bias)
-        output: Tensor = self.linear._conv_forward(input, weight, self.linear.bias)
-        return output
+        return apply_linear(self.linear, input, normalize_weight(self.linear.weight, length))
 
 
 def block(

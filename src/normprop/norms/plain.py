@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop import moments
@@ -62,6 +63,15 @@ def linear_map(dims: int, *args: Any, activation: Activation = None, **kwargs: A
         if layer.bias is not None:
             layer.bias.zero_()
     return layer  # type: ignore[no-any-return]
+
+
+def apply_linear(linear: Any, input: Tensor, weight: Tensor) -> Tensor:
+    """Apply torch's linear map with another weight in place of its own."""
+    weight = weight.to(linear.weight.dtype)
+    if isinstance(linear, nn.Linear):
+        return F.linear(input, weight, linear.bias)
+    output: Tensor = linear._conv_forward(input, weight, linear.bias)
+    return output
 
 
 def block(dims: int, *args: Any, activation: Activation = "relu", **kwargs: Any) -> nn.Module:

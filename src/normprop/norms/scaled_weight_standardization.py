@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from normprop import moments
 from normprop.functional import normalize_weight
 from normprop.moments import Activation
-from normprop.norms.plain import ElementwiseActivation, linear_map, of_blocks
-from normprop.norms.weight_standardization import apply_linear, require_fan_in
+from normprop.norms.plain import ElementwiseActivation, apply_linear, linear_map, of_blocks
+from normprop.norms.weight_standardization import require_fan_in
 
 
 class ScaledWeightStandardized(nn.Module):

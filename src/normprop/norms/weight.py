@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop import moments
 from normprop.functional import normalize_weight
 from normprop.moments import Activation
-from normprop.norms.plain import activation_module, linear_map, of_blocks
+from normprop.norms.plain import activation_module, apply_linear, linear_map, of_blocks
 
 
 class WeightNorm(nn.Module):
@@ -43,11 +42,7 @@ class WeightNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the linear map with normalised weights."""
-        weight = normalize_weight(self.linear.weight, self.gain).to(self.linear.weight.dtype)
-        if isinstance(self.linear, nn.Linear):
-            return F.linear(input, weight, self.linear.bias)
-        output: Tensor = self.linear._conv_forward(input, weight, self.linear.bias)
-        return output
+        return apply_linear(self.linear, input, normalize_weight(self.linear.weight, self.gain))
 
 
 def block(dims: int, *args: Any, activation: Activation = "relu", **kwargs: Any) -> nn.Module:

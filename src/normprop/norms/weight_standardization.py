@@ -21,14 +21,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.errors import ConfigError
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
 from normprop.norms.classic import group_norm
-from normprop.norms.plain import of_blocks, with_norm
+from normprop.norms.plain import apply_linear, of_blocks, with_norm
 
 
 def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -63,15 +62,6 @@ def require_fan_in(linear: Any, name: str) -> None:
             f"norms.{name}: subtracting a filter's mean leaves nothing of a filter with a single weight (fan-in 1); "
             f"use another method for this layer"
         )
-
-
-def apply_linear(linear: Any, input: Tensor, weight: Tensor) -> Tensor:
-    """Apply torch's linear map with another weight in place of its own."""
-    weight = weight.to(linear.weight.dtype)
-    if isinstance(linear, nn.Linear):
-        return F.linear(input, weight, linear.bias)
-    output: Tensor = linear._conv_forward(input, weight, linear.bias)
-    return output
 
 
 class WeightStandardized(nn.Module):
