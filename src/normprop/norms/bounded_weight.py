@@ -34,6 +34,7 @@ from normprop.functional import normalize_weight
 from normprop.fused import at_least_float32
 from normprop.moments import Activation
 from normprop.norms.plain import activation_module, apply_linear, linear_map, of_blocks
+from normprop.norms.running import require_values
 
 
 class MeanOnlyBatchNorm(nn.Module):
@@ -69,11 +70,7 @@ class MeanOnlyBatchNorm(nn.Module):
         """Centre a batch, and in training move the running mean towards its mean."""
         mean = self.running_mean
         if self.training and input.numel() > 0:
-            if input.numel() < 2 * input.shape[1]:
-                raise ValueError(
-                    "norms.bounded-weight-mean: expected more than 1 value per channel when training, got input size "
-                    f"{tuple(input.shape)}"
-                )
+            require_values("bounded-weight-mean", input, input[:, 0].numel())
             mean = at_least_float32(input).mean((0, *range(2, input.ndim)))
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)

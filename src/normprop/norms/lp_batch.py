@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from normprop.errors import ConfigError
 from normprop.fused import at_least_float32
 from normprop.norms.plain import of_layers
+from normprop.norms.running import require_values
 
 Kind = Literal["l1", "linf", "topk"]
 
@@ -128,11 +129,7 @@ def lp_batch_norm(
     values = at_least_float32(input)
     shape = (1, -1, *[1] * (input.ndim - 2))
     if training and input.numel() > 0:
-        if input.numel() < 2 * input.shape[1]:
-            raise ValueError(
-                f"norms.batch-{kind}: expected more than 1 value per channel when training, got input size "
-                f"{tuple(input.shape)}"
-            )
+        require_values(f"batch-{kind}", input, input[:, 0].numel())
         mean = values.mean((0, *range(2, input.ndim)))
         centred = values - mean.reshape(shape)
         spread = deviation(centred, kind, k)
