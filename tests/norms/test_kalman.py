@@ -251,9 +251,8 @@ def test_errors():
     twice = conv(2, 2)
     with pytest.raises(ConfigError, match="stands in the network twice"):
         kalman.link(nn.Sequential(twice, twice))
-    for shape in ((1, 4), (0, 4, 3)):
-        with pytest.raises(ValueError, match="more than 1 value per channel"):
-            KalmanBatchNorm(4)(torch.zeros(shape))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        KalmanBatchNorm(4)(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         KalmanBatchNorm(4, micro_batch=1)(torch.zeros(4, 4), Gaussian(torch.zeros(1, 4), torch.ones(1, 4)))
     with pytest.raises(ValueError, match="a batch of 5 does not split into micro-batches of 2"):
