@@ -20,6 +20,18 @@ class MomentError(NormPropError, ValueError):
     """A Gaussian moment that cannot be computed to the promised accuracy."""
 
 
+class GraphError(NormPropError):
+    """A network that cannot be captured, or an operation in it that has no rule."""
+
+
+class UnknownOperatorError(GraphError):
+    """An operation in a network that no rule covers."""
+
+
+class ConversionError(GraphError):
+    """A network, or a layer of it, that cannot be converted or folded as asked."""
+
+
 class DataError(NormPropError):
     """A data file that is missing, damaged or not what its format says."""
 

@@ -6,6 +6,18 @@ from normprop.nn.data_norm import DataNorm
 from normprop.nn.layer import NormPropLayer
 from normprop.nn.linear import Linear
 from normprop.nn.lstm import LSTM
+from normprop.nn.predicted import (
+    Predicted,
+    PredictedConv1d,
+    PredictedConv2d,
+    PredictedConv3d,
+    PredictedConvTranspose1d,
+    PredictedConvTranspose2d,
+    PredictedConvTranspose3d,
+    PredictedLayer,
+    PredictedLinear,
+    PredictedNorm,
+)
 from normprop.nn.residual import Residual, output_moments
 
 __all__ = [
@@ -19,6 +31,16 @@ __all__ = [
     "DataNorm",
     "Linear",
     "NormPropLayer",
+    "Predicted",
+    "PredictedConv1d",
+    "PredictedConv2d",
+    "PredictedConv3d",
+    "PredictedConvTranspose1d",
+    "PredictedConvTranspose2d",
+    "PredictedConvTranspose3d",
+    "PredictedLayer",
+    "PredictedLinear",
+    "PredictedNorm",
     "Residual",
     "output_moments",
 ]

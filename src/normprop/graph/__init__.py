@@ -1,0 +1,1 @@
+"""Whole models: capture, rules of moments, plan, conversion, inspection, folding."""

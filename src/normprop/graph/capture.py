@@ -1,0 +1,179 @@
+"""From a model and an example input to its graph of calls: torch.export first, a recorded execution where it fails."""
+
+import linecache
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from normprop.errors import ConfigError, GraphError
+from normprop.graph.node import Graph, Node, Ref, Scope, State, bind, describe, replace
+from normprop.graph.record import record
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a model from one example input.
+
+    Args:
+        x: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Returns:
+        What to call the model with: ``model(*args, **kwargs)``.
+
+    Raises:
+        ConfigError: if there is no tensor in it.
+
+    Example:
+        >>> arguments(torch.zeros(2))
+        ((tensor([0., 0.]),), {})
+    """
+    args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x if isinstance(x, tuple) else (x,)), {})
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        raise ConfigError(
+            f"the example input holds no tensor, got {type(x).__name__}; give a tensor, a tuple of the model's "
+            f"positional arguments or a dict of its keyword arguments"
+        )
+    return args, kwargs
+
+
+def capture(model: nn.Module, x: Inputs) -> Graph:
+    """Capture every call that a model makes for an example input, in the mode that its modules are in.
+
+    Parameters, buffers, mode and random state stay as they are.
+
+    Args:
+        model: any module.
+        x: example input, see :func:`arguments`; its values matter only to models whose code looks at them.
+
+    Returns:
+        The graph.
+
+    Raises:
+        GraphError: if the model cannot run on this input.
+
+    Example:
+        >>> graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
+        >>> [node.op for node in graph.nodes]
+        ['input', 'conv2d', 'relu']
+    """
+    args, kwargs = arguments(x)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _export(model, args, kwargs)
+        except Exception as failure:  # whatever export cannot take, running the model may
+            return record(model, args, kwargs, note=_first_line(failure))
+
+
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+    """Capture by torch.export, with the first axis of every tensor dynamic as far as the model allows."""
+
+    def dynamic(leaf: Any) -> Any:
+        return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] > 1 else None
+
+    shapes = None if kwargs else pytree.tree_map(dynamic, args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what export thinks of the user's code
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    return _translate(model, program)
+
+
+def _translate(model: nn.Module, program: torch.export.ExportedProgram) -> Graph:
+    """Our nodes from an exported program."""
+    signature = program.graph_signature
+    state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    values: dict[fx.Node, Any] = {}
+    nodes: list[Node] = []
+    outputs: list[int] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in state:
+            path, _, name = state[node.name].rpartition(".")
+            values[node] = State(path, name)
+        elif node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
+            values[node] = program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
+        elif node.op == "placeholder":
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                values[node] = Ref(len(nodes))
+                nodes.append(Node(len(nodes), "input", {}, "", _shape(value), value.dtype))
+            else:
+                values[node] = value
+        elif node.op == "call_function":
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise GraphError(f"{node.target} holds a graph of its own")
+            values[node] = Ref(len(nodes))
+            nodes.append(_node(len(nodes), node, values))
+        elif node.op == "output":
+            outputs = [
+                values[leaf].index
+                for leaf in pytree.tree_leaves(node.args)
+                if isinstance(leaf, fx.Node) and isinstance(values[leaf], Ref)
+            ]
+    return Graph(model, nodes, outputs, "export")
+
+
+def _node(index: int, node: fx.Node, values: dict[fx.Node, Any]) -> Node:
+    def argument(leaf: Any) -> Any:
+        return values[leaf] if isinstance(leaf, fx.Node) else leaf
+
+    args = replace(tuple(_plain(part) for part in node.args), argument)
+    kwargs = replace({key: _plain(part) for key, part in node.kwargs.items()}, argument)
+    value = node.meta.get("val")
+    op, overload, inplace = describe(node.target)
+    return Node(
+        index=index,
+        op=op,
+        args=bind(node.target, args, kwargs),
+        overload=overload,
+        shape=_shape(value),
+        dtype=value.dtype if isinstance(value, Tensor) else None,
+        scopes=_scopes(node.meta.get("nn_module_stack", {})),
+        source=_source(node.meta.get("stack_trace") or ""),
+        inplace=inplace,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Nested lists and dicts of torch.fx as Python's own."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(part) for part in value) if type(value) in (list, tuple) else [*map(_plain, value)]
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Shape with the example's sizes in place of symbols."""
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
+
+
+def _scopes(stack: Mapping[str, Any]) -> tuple[Scope, ...]:
+    scopes = []
+    for key, (path, _) in stack.items():
+        call = re.search(r"@(\d+)$", key)
+        scopes.append(Scope(path.split("@")[0], int(call[1]) if call else 0))
+    return tuple(scopes) or (Scope(""),)
+
+
+_TORCH = re.compile(r"[\\/]torch[\\/](nn|_|functional|fx|export|utils|overrides)")
+
+
+def _source(trace: str) -> str:
+    """The innermost line of a stack trace that is not torch's own."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    for file, line in reversed(frames):
+        if not _TORCH.search(file):
+            return f"{file}:{line}: {linecache.getline(file, int(line)).strip()}"
+    return ""

@@ -1,0 +1,229 @@
+"""What a captured network is made of: one node per call of an operator or of a module with a rule of its own."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The output of another node, in a node's arguments.
+
+    Args:
+        index: which node.
+    """
+
+    index: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A parameter or buffer of the network, in a node's arguments.
+
+    Args:
+        path: dotted path of its module.
+        name: its name there.
+    """
+
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One call of a module.
+
+    Args:
+        path: dotted path of the module, "" for the network itself.
+        call: how many times it was called before.
+    """
+
+    path: str
+    call: int = 0
+
+    def __str__(self) -> str:
+        return (self.path or "(the model itself)") + (f" (call {self.call + 1})" if self.call else "")
+
+
+@dataclass
+class Node:
+    """One call of an operator, or an input of the network.
+
+    Args:
+        index: position in the graph.
+        op: name of the operator without overload and in-place mark, such as "relu"; "input"; or "module".
+        args: its arguments by name, defaults included, with :class:`Ref`, :class:`State` or plain tensors where tensors
+            stand.
+        overload: the operator's full name, such as "aten.relu_.default"; "" where there is none.
+        shape: shape of the output; ``None`` for what is no tensor.
+        dtype: its type.
+        scopes: the modules whose calls it stands in, from the network to the innermost.
+        source: file and line of the innermost code that is not torch's, and its text.
+        inplace: the first argument was overwritten.
+
+    Example:
+        >>> Node(0, "relu", {"self": Ref(1)}, shape=(2, 3), scopes=(Scope("net.act"),)).path
+        'net.act'
+    """
+
+    index: int
+    op: str
+    args: dict[str, Any]
+    overload: str = ""
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    scopes: tuple[Scope, ...] = (Scope(""),)
+    source: str = ""
+    inplace: bool = False
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the innermost module."""
+        return self.scopes[-1].path
+
+    @property
+    def inputs(self) -> list[int]:
+        """Indices of the nodes whose outputs it takes, in the order of its arguments."""
+        return [leaf.index for leaf in leaves(self.args) if isinstance(leaf, Ref)]
+
+    @property
+    def overwrites(self) -> int | None:
+        """Index of the node whose output it overwrites, if it works in place."""
+        first = next(iter(self.args.values()), None)
+        return first.index if self.inplace and isinstance(first, Ref) else None
+
+    def __str__(self) -> str:
+        where = f" [{self.source}]" if self.source else ""
+        return f"{self.op} in {self.scopes[-1]}{where}"
+
+
+@dataclass
+class Graph:
+    """A network's calls in the order in which they ran.
+
+    Args:
+        model: the network.
+        nodes: its calls and inputs.
+        outputs: indices of the nodes that the network returns.
+        how: "export" or "recorded".
+        note: why the network was recorded, if it was.
+    """
+
+    model: nn.Module
+    nodes: list[Node]
+    outputs: list[int]
+    how: str
+    note: str = ""
+    _readers: list[list[int]] = field(default_factory=list)
+
+    def readers(self, index: int) -> list[Node]:
+        """The nodes that take a node's output."""
+        if not self._readers:
+            self._readers = [[] for _ in self.nodes]
+            for node in self.nodes:
+                for source in dict.fromkeys(node.inputs):
+                    self._readers[source].append(node.index)
+        return [self.nodes[reader] for reader in self._readers[index]]
+
+    def state(self, state: State) -> Tensor:
+        """The tensor behind a parameter or buffer."""
+        value: Tensor = getattr(self.model.get_submodule(state.path), state.name)
+        return value
+
+
+def describe(target: Any) -> tuple[str, str, bool]:
+    """Name of an operator, its full name, and whether it overwrites its first argument.
+
+    Example:
+        >>> describe(torch.ops.aten.add_.Tensor)
+        ('add', 'aten.add_.Tensor', True)
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", type(target).__name__), "", False
+    namespace, _, name = target._schema.name.partition("::")
+    inplace = name.endswith("_") and not name.endswith("__")
+    name = name.removesuffix("_") if inplace else name
+    return name if namespace == "aten" else f"{namespace}.{name}", str(target), inplace
+
+
+def bind(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an operator by the names of its schema, with defaults.
+
+    Example:
+        >>> bind(torch.ops.aten.leaky_relu.default, (1,), {})
+        {'self': 1, 'negative_slope': 0.01}
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    bound = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def execute(node: Node, arguments: dict[str, Any]) -> Any:
+    """Call a node's operator, in the form that overwrites nothing, on other arguments of the same names."""
+    function: Callable[..., Any] = functional(node.overload)
+    # The forms in place call their first argument by another name at times.
+    if not arguments:
+        return function()
+    first, *rest = arguments
+    return function(arguments[first], **{name: arguments[name] for name in rest})
+
+
+def functional(overload: str) -> Callable[..., Any]:
+    """The operator of a full name, in the form that overwrites nothing.
+
+    Example:
+        >>> functional("aten.relu_.default")
+        <OpOverload(op='aten.relu', overload='default')>
+    """
+    namespace, name, variant = overload.split(".")
+    bare = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    packet = getattr(getattr(torch.ops, namespace), bare)
+    function: Callable[..., Any] = getattr(packet, variant, packet)
+    return function
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything inside nested tuples, lists and dicts, in order.
+
+    Example:
+        >>> list(leaves(([1, 2], {"a": 3})))
+        [1, 2, 3]
+    """
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from leaves(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from leaves(part)
+    else:
+        yield value
+
+
+def replace(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with a function applied to what is inside.
+
+    Example:
+        >>> replace(([1, 2], {"a": 3}), lambda leaf: -leaf)
+        ([-1, -2], {'a': -3})
+    """
+    if isinstance(value, tuple):
+        return tuple(replace(part, function) for part in value)
+    if isinstance(value, list):
+        return [replace(part, function) for part in value]
+    if isinstance(value, dict):
+        return {key: replace(part, function) for key, part in value.items()}
+    return function(value)

@@ -1,0 +1,245 @@
+"""Operators that only move, repeat or drop elements: run once on labels, they say where every moment goes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normprop.graph.node import execute, leaves, replace
+from normprop.graph.rules.registry import Call, rule
+from normprop.graph.signal import Origin, Signal
+
+_SAME = (
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "to",
+    "_to_copy",
+    "type_as",
+    "lift_fresh",
+    "view_as",
+    "identity",
+    "requires_grad",
+    "positive",
+    "copy",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "cpu",
+    "cuda",
+    "_assert_tensor_metadata",
+)
+
+
+@rule(*_SAME)
+def same(call: Call) -> Signal:
+    """What changes nothing but the type, the place or the memory."""
+    x = call.inputs[0]
+    return x
+
+
+@rule(
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+    "repeat",
+    "repeat_interleave",
+    "tile",
+    "slice",
+    "select",
+    "narrow",
+    "index",
+    "index_select",
+    "gather",
+    "flip",
+    "roll",
+    "rot90",
+    "movedim",
+    "swapaxes",
+    "swapdims",
+    "unfold",
+    "im2col",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "cat",
+    "concat",
+    "concatenate",
+    "stack",
+    "hstack",
+    "vstack",
+    "dstack",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "unbind",
+    "unsafe_chunk",
+    "unsafe_split",
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "_pad_circular",
+    "broadcast_to",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "tril",
+    "triu",
+    "diagonal",
+    "where",
+    "masked_fill",
+    "view_copy",
+    "ravel",
+    "as_strided",
+    "index_put",
+    "slice_scatter",
+    "select_scatter",
+    "masked_select",
+    "column_stack",
+    "matrix_H",
+    "adjoint",
+    "moveaxis",
+    "block_diag",
+    "meshgrid",
+    "diag_embed",
+)
+def moved(call: Call) -> Any:
+    """Every element of the output is an element of an input, or a constant."""
+    sources = [leaf for leaf in leaves(call.arguments) if _moves(leaf)]
+    fields = [_fields(leaf) for leaf in sources]
+    if "plan" not in call.memory:
+        call.memory["plan"] = _plan(call, [torch.broadcast_shapes(*(part.shape for part in parts)) for parts in fields])
+    outputs, single, shapes = call.memory["plan"]
+    flat = [
+        torch.cat([field.broadcast_to(shape).flatten() for field, shape in zip(kind, shapes, strict=True)])
+        for kind in zip(*fields, strict=True)
+    ]
+    signals = [leaf for leaf in sources if isinstance(leaf, Signal)]
+    repeat = min(signal.repeat for signal in signals)
+    count = max(_size(signal.shape) for signal in signals)
+    results = [_gather(output, flat, sources, repeat, count) for output in outputs]
+    return results[0] if single else results
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, Signal) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def _fields(leaf: Signal | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, variance, and mean and variance of the Gaussian behind."""
+    if isinstance(leaf, Tensor):
+        value = leaf.detach() if not leaf.requires_grad else leaf
+        return value, torch.zeros_like(value), value, torch.zeros_like(value)
+    origin = leaf.origin
+    return (leaf.mean, leaf.var, *((leaf.mean, leaf.var) if origin is None else (origin.mean, origin.var)))
+
+
+# Labels start here, so that numbers that an operator fills in can be told from them.
+_FIRST = 2**40
+
+# Operators of one axis: along the others, where nothing varies, one element stands for all.
+_ALONG = {
+    "cat",
+    "concat",
+    "concatenate",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unsafe_chunk",
+    "unsafe_split",
+    "unbind",
+    "slice",
+    "select",
+    "narrow",
+    "stack",
+    "index_select",
+}
+_ANY_SIZE = {"permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes", "swapdims", "moveaxis", "adjoint"}
+
+
+def _plan(call: Call, compact: list[torch.Size]) -> tuple[list[tuple[Any, ...]], bool, list[torch.Size]]:
+    """Run the operator on labels: for every output where its elements come from, or the number that they are."""
+    position, first = 0, _FIRST
+    axis = call.arguments.get("dim", 0) if call.node.op in _ALONG else None
+
+    def label(leaf: Any) -> Any:
+        nonlocal position, first
+        if not _moves(leaf):
+            return leaf
+        shape = compact[position]
+        position += 1
+        count = _size(shape)
+        labels = torch.arange(first, first + count, dtype=torch.float64).reshape(shape)
+        first += count
+        if call.node.op in _ANY_SIZE:
+            return labels
+        full = [*leaf.shape]
+        if axis is not None and isinstance(axis, int):
+            at = axis % (len(full) + (call.node.op == "stack"))
+            varies = [any(len(part) <= i or part[i] != 1 for part in compact) for i in range(len(full))]
+            full = [size if i == at or varies[i] else 1 for i, size in enumerate(full)]
+        return labels.expand(full).contiguous()
+
+    labelled = replace(call.arguments, label)
+    output = execute(call.node, labelled)
+    full = execute(call.node, replace(call.arguments, _shape_only))
+    if isinstance(output, Tensor):
+        return [_compressed(output, tuple(full.shape))], True, compact
+    return [_compressed(part, tuple(whole.shape)) for part, whole in zip(output, full, strict=True)], False, compact
+
+
+def _shape_only(leaf: Any) -> Any:
+    return torch.empty(leaf.shape, device="meta") if isinstance(leaf, (Signal, Tensor)) else leaf
+
+
+def _compressed(labels: Tensor, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Index into the elements of all inputs, literal numbers, where they are, and the shape in full."""
+    for axis in range(labels.ndim):
+        head = labels.narrow(axis, 0, min(1, labels.shape[axis]))
+        if labels.shape[axis] > 1 and bool((labels == head).all()):
+            labels = head
+    literal = labels < _FIRST
+    index = torch.where(literal, _FIRST, labels).sub(_FIRST).long()
+    return index, (labels.where(literal, 0.0).float() if bool(literal.any()) else None), literal, shape
+
+
+def _gather(output: tuple[Any, ...], flat: list[Tensor], sources: list[Any], repeat: float, count: int) -> Signal:
+    index, numbers, literal, shape = output
+    fields = [kind[index.to(kind.device)] for kind in flat]
+    if numbers is not None:
+        fields = [
+            torch.where(literal, value.to(field) if position % 2 == 0 else 0.0, field)
+            for position, (field, value) in enumerate(zip(fields, [numbers] * 4, strict=True))
+        ]
+    functions = [s.origin.function if s.origin else None for s in sources if isinstance(s, Signal)]
+    alike = len(functions) == len(sources) and numbers is None and all(part == functions[0] for part in functions)
+    origin = Origin(None, fields[2], fields[3], functions[0]) if alike and functions[0] is not None else None
+    repeat = max(repeat, repeat * _size(shape) / count) if len(sources) == 1 else repeat
+    return Signal(fields[0], fields[1], shape, repeat=repeat, origin=origin)
+
+
+def _size(shape: Any) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,153 @@
+"""Repeatable runs of copies of a model, which leave the model and the random state as they were."""
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normprop.errors import ConfigError
+from normprop.graph.sample_trace import Shapes, Trace
+from normprop.graph.samples import double, growing, map_tensors, tensors
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the copy of the model after it, its input (leaves of the graph where floating) and its outputs."""
+
+    model: nn.Module
+    input: tuple[Tensor, ...]
+    outputs: list[Tensor]
+
+    def gradients(self, weights: list[Tensor]) -> list[Tensor | None]:
+        """Gradient of the weighted sum of the outputs by the inputs, then by the parameters; ``None`` where none."""
+        pairs = [pair for pair in zip(self.outputs, weights, strict=True) if pair[0].requires_grad]
+        by = [tensor for tensor in (*self.input, *self.model.parameters()) if tensor.requires_grad]
+        for tensor in by:
+            tensor.grad = None
+        if pairs and by:
+            # Not torch.autograd.grad, which reentrant checkpointing refuses.
+            torch.autograd.backward([output for output, _ in pairs], [weight for _, weight in pairs], retain_graph=True)
+        return [tensor.grad for tensor in by]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the outputs of a run, and of all that entered or left a module."""
+
+    outputs: list[torch.Size]
+    modules: Shapes
+
+
+class Runner:
+    """Runs copies of a model in one floating point type, each from the same state and random state.
+
+    Args:
+        model: the model; it is copied at once.
+        input: tensors with the samples along axis 0.
+        kwargs: arguments by name.
+        dtype: the floating point type.
+
+    Raises:
+        ConfigError: if the model cannot be copied.
+    """
+
+    def __init__(self, model: nn.Module, input: tuple[Tensor, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+        self.name = type(model).__name__
+        self.dtype = dtype
+        with torch.inference_mode(False):
+            self.input = tuple(cast(tensor) for tensor in input)
+            self.kwargs = map_tensors(cast, kwargs)
+            try:
+                copied = copy.deepcopy(model)
+                self.model = copied.double() if dtype == torch.float64 else copied.float()
+            except Exception as error:
+                raise ConfigError(
+                    f"batch_dependence: {self.name} cannot be copied to {dtype}, and the model itself must stay as it "
+                    f"is; make copy.deepcopy(model) work: {_line(error)}"
+                ) from error
+
+    def run(self, input: tuple[Tensor, ...], trace: Trace | None = None) -> Run:
+        """Run a fresh copy.
+
+        Args:
+            input: tensors of the types and shapes of the runner's.
+            trace: what watches the run.
+
+        Raises:
+            ConfigError: if the model raises or returns NaN.
+        """
+        model = copy.deepcopy(self.model)
+        leaves = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in input)
+        arguments = [tensor.clone() for tensor in leaves]  # which the model may change in place
+        if trace is not None:
+            trace.follow(model)
+        _seed()
+        try:
+            output = model(*arguments, **copy.deepcopy(self.kwargs))
+        except Exception as error:
+            raise ConfigError(
+                f"batch_dependence: {self.name} cannot run on x in {self.dtype}; if it runs in one floating point "
+                f"type alone, pass dtype=torch.float32: {_line(error)}"
+            ) from error
+        outputs = tensors(output)
+        if trace is not None:
+            trace.end_forward()
+        elif any(tensor.isnan().any() for tensor in outputs):
+            watch = Trace()
+            self.run(input, watch)
+            path = next((path for path, tensor in watch.outputs() if tensor.isnan().any()), "") or "(model)"
+            raise ConfigError(
+                f"batch_dependence: {path} returns NaN, which cannot be compared; give an input on which the model "
+                "is finite"
+            )
+        return Run(model, leaves, outputs)
+
+    def doubled(self, base: Run) -> Sizes:
+        """Run as many samples more for the shapes; empty if the model takes them not, or returns no more for them."""
+        trace = Trace()
+        try:
+            shapes = [output.shape for output in self.run(double(self.input), trace).outputs]
+        except ConfigError:
+            return Sizes([], {})
+        grown = any(growing(output.shape, larger) for output, larger in zip(base.outputs, shapes, strict=False))
+        return Sizes(shapes, trace.shapes()) if grown else Sizes([], {})
+
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Put back all random states, and the modes of torch that runs need, in the end."""
+        states, default = (random.getstate(), np.random.get_state()), torch.get_default_dtype()
+        devices = {t.device for t in (*self.model.parameters(), *self.input) if t.device.type not in ("cpu", "meta")}
+        kind = next((device.type for device in devices), "cuda")
+        indices = [device.index or 0 for device in devices]
+        try:
+            with (
+                torch.random.fork_rng(indices, device_type=kind),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                torch.set_default_dtype(self.dtype)  # for tensors that a forward makes
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
