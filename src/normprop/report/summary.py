@@ -136,7 +136,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     lines = [
         ("Data", _join(settings.get("data"), _list(splits))),
         ("Network", _join(settings.get("model"), f"width {number(width)}" if width is not None else "")),
-        ("Budget of a trial", f"{number(epochs)} epochs" if epochs is not None else ""),
+        ("Budget of a trial", f"{number(epochs)} epoch{'s' * (epochs != 1)}" if epochs is not None else ""),
         ("Batch sizes", number(results.batch_sizes)),
         ("Learning rates", number(results.lrs)),
         ("Seeds", number(len(results.seeds))),
