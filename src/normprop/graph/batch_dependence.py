@@ -88,11 +88,13 @@ def batch_dependence(
     """Measure whether samples of a batch influence each other in a model, and name the modules responsible.
 
     Nothing is concluded from the classes of modules. A copy of the model runs in its present mode, first on x, then
-    with half of the samples replaced, for as many halves as it takes to pair each sample with each other. Random draws
-    are the same in all runs. The model, its state, mode and gradients and the random state stay as they are.
+    with half of the samples moved towards others of the batch, for as many halves as it takes to hold each sample while
+    each other changes. Random draws are the same in all runs. The model, its state, mode and gradients and the random
+    state stay as they are; hooks on the model run in the copies, too.
 
     A module is responsible if samples meet in its own code, not in that of a module it calls. The axis of the samples
-    may differ between modules, and may be folded into another: it is found from what changes.
+    may differ between modules, and may be folded into another: it is found by running a batch twice as large. What
+    depends on others only past a threshold, such as the capacity of an expert, is found if these samples cross it.
 
     Args:
         model: any module that can be copied.

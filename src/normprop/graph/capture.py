@@ -1,9 +1,11 @@
 """From a model and an example input to its graph of calls: torch.export first, a recorded execution where it fails."""
 
 import linecache
+import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,9 +67,10 @@ def capture(model: nn.Module, x: Inputs) -> Graph:
     args, kwargs = arguments(x)
     with torch.random.fork_rng(devices=[]):
         try:
-            return _export(model, args, kwargs)
+            graph = _export(model, args, kwargs)
         except Exception as failure:  # whatever export cannot take, running the model may
-            return record(model, args, kwargs, note=_first_line(failure))
+            graph = record(model, args, kwargs, note=_first_line(failure))
+    return graph.settled()
 
 
 def _first_line(failure: Exception) -> str:
@@ -82,10 +85,28 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] > 1 else None
 
     shapes = None if kwargs else pytree.tree_map(dynamic, args)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet("torch.fx", "torch.export"):
         warnings.simplefilter("ignore")  # what export thinks of the user's code
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     return _translate(model, program)
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Keep loggers from reporting what is then tried in another way."""
+    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
+    levels += [
+        (logging.getLogger(name), logging.getLogger(name).level)
+        for name in [*logging.root.manager.loggerDict]
+        if name.startswith(loggers)
+    ]
+    try:
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
 
 
 def _translate(model: nn.Module, program: torch.export.ExportedProgram) -> Graph:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.errors import GraphError
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -121,6 +123,56 @@ class Graph:
     how: str
     note: str = ""
     _readers: list[list[int]] = field(default_factory=list)
+    _moving: set[int] = field(default_factory=set)
+
+    def settled(self) -> "Graph":
+        """The same graph, with every argument pointing at the node that last wrote the tensor.
+
+        Raises:
+            GraphError: if a part of a tensor is overwritten and the whole is read afterwards.
+        """
+        holds: dict[int, int] = {}  # the node whose output a node's tensor holds by now
+        viewed: dict[int, int] = {}  # the node that a view looks at
+        stale: dict[int, Node] = {}
+
+        def follow(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return leaf
+            if leaf.index in stale:
+                raise GraphError(
+                    f"{stale[leaf.index]}: it overwrites a part of a tensor that is read again as a whole; write it "
+                    f"without working in place"
+                )
+            return Ref(latest(leaf.index))
+
+        def latest(index: int) -> int:
+            while index in holds:
+                index = holds[index]
+            return index
+
+        for node in self.nodes:
+            raw = node.inputs
+            node.args = replace(node.args, follow)
+            target = node.overwrites
+            if target is not None:
+                holds[target] = node.index
+                base = viewed.get(raw[0])
+                while base is not None:
+                    stale[base] = node
+                    base = viewed.get(base)
+            elif node.op in _VIEWS and raw:
+                viewed[node.index] = raw[0]
+        self.outputs = [latest(index) for index in self.outputs]
+        self._readers, self._moving = [], set()
+        return self
+
+    def depends(self, index: int) -> bool:
+        """Whether a node depends on the network's input, rather than on its state alone, as counters do."""
+        if not self._moving:
+            for node in self.nodes:
+                if node.op == "input" or self._moving.intersection(node.inputs):
+                    self._moving.add(node.index)
+        return index in self._moving
 
     def readers(self, index: int) -> list[Node]:
         """The nodes that take a node's output."""
@@ -135,6 +187,10 @@ class Graph:
         """The tensor behind a parameter or buffer."""
         value: Tensor = getattr(self.model.get_submodule(state.path), state.name)
         return value
+
+
+# Operators whose output shares the memory of their input.
+_VIEWS = {"view", "select", "slice", "narrow", "transpose", "permute", "squeeze", "unsqueeze", "expand", "t", "unfold"}
 
 
 def describe(target: Any) -> tuple[str, str, bool]:

@@ -66,7 +66,6 @@ def propagate(
         0.3989
     """
     values: dict[int, Any] = {}
-    current: dict[int, Any] = {}  # what a node's tensor holds now: operators in place overwrite it
     unknown: dict[int, str] = {}
     position = 0
     with torch.no_grad():
@@ -74,17 +73,14 @@ def propagate(
             if node.op == "input":
                 moments = (given or {}).get(position) or Moments(0.0, 1.0)
                 position += 1
-                values[node.index] = current[node.index] = input_signal(node, moments)
+                values[node.index] = input_signal(node, moments)
                 continue
             try:
-                values[node.index] = evaluate(node, graph.model, current)
+                values[node.index] = evaluate(node, graph.model.get_submodule, values)
             except UnknownOperatorError as error:
                 if on_unknown == "error":
                     raise
-                values[node.index], unknown[node.index] = _unknown(node, current, on_unknown, measure, error)
-            current[node.index] = values[node.index]
-            if (overwritten := node.overwrites) is not None:
-                current[overwritten] = values[node.index]
+                values[node.index], unknown[node.index] = _unknown(node, values, on_unknown, measure, error)
     return Propagation(values, unknown)
 
 
@@ -97,12 +93,17 @@ def input_signal(node: Node, moments: Moments) -> Any:
     return Signal.of(moments.mean, moments.var, node.shape, axis).made_by(node.index)
 
 
-def evaluate(node: Node, model: nn.Module, values: Mapping[int, Any], memory: dict[str, Any] | None = None) -> Any:
+def evaluate(
+    node: Node,
+    module_at: Callable[[str], nn.Module],
+    values: Mapping[int, Any],
+    memory: dict[str, Any] | None = None,
+) -> Any:
     """The output of one node: by its rule if an input is a signal, by calling it if none is.
 
     Args:
         node: the node.
-        model: where its parameters and buffers are.
+        module_at: from the path of a module to the module, which holds its parameters and buffers.
         values: outputs of the nodes before.
         memory: what its rule may keep.
 
@@ -118,15 +119,15 @@ def evaluate(node: Node, model: nn.Module, values: Mapping[int, Any], memory: di
         if isinstance(leaf, Ref):
             return values[leaf.index]
         if isinstance(leaf, State):
-            return getattr(model.get_submodule(leaf.path), leaf.name)
+            return getattr(module_at(leaf.path), leaf.name)
         return leaf
 
     arguments = replace(node.args, resolve)
     if node.op == "getitem":
         return arguments["0"][arguments["1"]]
-    module = model.get_submodule(node.path) if node.op == "module" else None
+    module = module_at(node.path) if node.op == "module" else None
     call = Call(node, arguments, module, {} if memory is None else memory)
-    if not call.inputs and module is None:
+    if not call.inputs and node.op not in ("module", "normalised"):
         return _constant(node, arguments)
     if node.op == "sym_size":
         return call.inputs[0].shape[arguments["dim"]]

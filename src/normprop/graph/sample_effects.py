@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from normprop.errors import ConfigError
 from normprop.graph.sample_runs import Run
-from normprop.graph.samples import Rows, candidates, difference, growing, magnitude
+from normprop.graph.samples import TELLS_APART, Rows, candidates, difference, growing, magnitude, share
 
 
 class Outputs:
@@ -44,13 +44,17 @@ class Outputs:
             change = difference(base, output)
             changes.append(change)
             beyond = change > self._limit(base)
-            places = [rows.mask(base).expand_as(base) for rows in candidates(base.shape, axes, held)]
-            if not beyond.any():
-                masks.append(torch.ones_like(beyond))
-            else:
-                masks.append(next((mask for mask in places if not (beyond & mask).any()), next(iter(places), None)))
+            masks.append(self._place(change, beyond, held, axes))
         self._changes.append((held, changes))
         return masks
+
+    def _place(self, change: Tensor, beyond: Tensor, held: Tensor, axes: tuple[int, ...] | None) -> Tensor | None:
+        places = candidates(change.shape, axes, held)
+        clean = [rows for rows in places if not (beyond & rows.mask(change)).any()]
+        likely = [rows for rows in places if axes is not None or share(change, rows) < TELLS_APART]
+        if clean or likely:
+            return (clean or likely)[0].mask(change).expand_as(change)
+        return None if beyond.any() else torch.ones_like(beyond)
 
     def held(self, masks: list[Tensor | None]) -> list[Tensor]:
         """Weights of a sum over the held samples' outputs."""
@@ -149,5 +153,6 @@ def _held_by(module: nn.Module) -> list[Tensor]:
 
 
 def _relative(first: Tensor, second: Tensor) -> float:
-    change = difference(first, second)
-    return float(change.max()) / (magnitude(first) or 1.0) if change.numel() else 0.0
+    if torch.equal(first, second):
+        return 0.0
+    return float(difference(first, second).max()) / (magnitude(first) or 1.0)

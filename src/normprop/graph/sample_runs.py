@@ -25,14 +25,21 @@ class Run:
     outputs: list[Tensor]
 
     def gradients(self, weights: list[Tensor]) -> list[Tensor | None]:
-        """Gradient of the weighted sum of the outputs by the inputs, then by the parameters; ``None`` where none."""
+        """Gradient of the weighted sum of the outputs by the inputs, then by the parameters; ``None`` where none.
+
+        Raises:
+            ConfigError: if the model raises on the way back.
+        """
         pairs = [pair for pair in zip(self.outputs, weights, strict=True) if pair[0].requires_grad]
         by = [tensor for tensor in (*self.input, *self.model.parameters()) if tensor.requires_grad]
         for tensor in by:
             tensor.grad = None
         if pairs and by:
-            # Not torch.autograd.grad, which reentrant checkpointing refuses.
-            torch.autograd.backward([output for output, _ in pairs], [weight for _, weight in pairs], retain_graph=True)
+            outputs, seeds = [output for output, _ in pairs], [weight for _, weight in pairs]
+            try:  # not torch.autograd.grad, which reentrant checkpointing refuses
+                torch.autograd.backward(outputs, seeds, retain_graph=True)
+            except RuntimeError as error:
+                raise ConfigError(f"batch_dependence: the model cannot be differentiated: {_line(error)}") from error
         return [tensor.grad for tensor in by]
 
 
@@ -63,7 +70,7 @@ class Runner:
 
         self.name = type(model).__name__
         self.dtype = dtype
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             self.input = tuple(cast(tensor) for tensor in input)
             self.kwargs = map_tensors(cast, kwargs)
             try:
@@ -99,9 +106,7 @@ class Runner:
                 f"type alone, pass dtype=torch.float32: {_line(error)}"
             ) from error
         outputs = tensors(output)
-        if trace is not None:
-            trace.end_forward()
-        elif any(tensor.isnan().any() for tensor in outputs):
+        if trace is None and any(tensor.isnan().any() for tensor in outputs):
             watch = Trace()
             self.run(input, watch)
             path = next((path for path, tensor in watch.outputs() if tensor.isnan().any()), "") or "(model)"

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,7 @@ class Trace:
         self.effects: dict[tuple[str, Which], float] = {}
         self.moved: set[str] = set()
         self.lost: set[str] = set()
-        self.largest = 0.0  # gradient
+        self._scales: dict[tuple[Which, Key], float] = {}
         self._near = None if held is None else Rows(0, held)
         self._places: dict[Key, Rows | None] = {}
         self._stack: list[Frame] = []
@@ -81,10 +82,6 @@ class Trace:
                 module.register_forward_pre_hook(self._enter(path), prepend=True, with_kwargs=True)
                 module.register_forward_hook(self._leave, with_kwargs=True)
 
-    def end_forward(self) -> None:
-        """Count calls anew: what is called from here on recomputes what was called before (checkpointing)."""
-        self._calls.clear()
-
     def include(self, other: "Trace") -> None:
         """Add what another comparison found."""
         self.lost |= other.lost
@@ -95,6 +92,17 @@ class Trace:
     def shapes(self) -> Shapes:
         """Shapes of all that entered or left a module."""
         return {key: tensor.shape for (which, key), tensor in self.record.items() if which == "output"}
+
+    def scale(self, which: Which, key: Key) -> float:
+        """Largest value of a recorded tensor."""
+        if (which, key) not in self._scales:
+            self._scales[which, key] = magnitude(self.record[which, key])
+        return self._scales[which, key]
+
+    @cached_property
+    def largest_gradient(self) -> float:
+        """Largest value of all recorded gradients."""
+        return max((self.scale(which, key) for which, key in self.record if which == "gradient"), default=0.0)
 
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what each module returned, in the order of its return."""
@@ -123,8 +131,10 @@ class Trace:
         return visited
 
     def _visit(self, tree: Any, side: str, frame: Frame, forward: tuple[Frame, ...], back: tuple[Frame, ...]) -> Any:
-        """Check all tensors, and later their gradients; the code between here and the last place is ``forward[-1]``'s,
-        that which the gradients come through ``back[-1]``'s."""
+        """Check all tensors, and later their gradients.
+
+        The code that ran since the last such place is that of ``forward[-1]``, for gradients that of ``back[-1]``.
+        """
         count = 0
 
         def visit(tensor: Tensor) -> Tensor:
@@ -147,8 +157,6 @@ class Trace:
         """Record a tensor, or compare it and return it with the held samples as they were."""
         if self.base is None or self.held is None:
             self.record[which, key] = tensor.detach().clone()
-            if which == "gradient":
-                self.largest = max(self.largest, magnitude(tensor))
             return tensor
         base = self.base.record.get((which, key))
         arrives = (key[2] == "in") == (which == "output")  # at the frame, rather than from it
@@ -156,8 +164,8 @@ class Trace:
             self._lose(which, frame, arrives)
             return tensor
         change = difference(base, tensor)
-        scale = magnitude(base) or magnitude(tensor)
-        floor = self.base.largest * _NEGLIGIBLE if which == "gradient" else 0.0
+        scale = self.base.scale(which, key) or magnitude(tensor)
+        floor = self.base.largest_gradient * _NEGLIGIBLE if which == "gradient" else 0.0
         near = self._near if which == "output" else self._places.get(key)
         axes = growing(tensor.shape, self._larger.get(key))
         rows, clean = locate(change, change > self.tolerance * max(scale, floor), self.held, near, axes)
@@ -170,7 +178,7 @@ class Trace:
             return tensor
         mask = rows.mask(tensor)
         at_fault = next((frame for frame in reversed(code) if frame.placed[which]), code[0])
-        effect = float(change.masked_fill(~mask, 0).max()) / scale
+        effect = float(change.masked_fill(~mask, 0).max()) / (scale or 1.0)
         place = (at_fault.path, which)
         self.effects[place] = max(effect, self.effects.get(place, 0.0))
         repaired: Tensor = _Repair.apply(tensor, base, mask) if which == "output" else torch.where(mask, base, tensor)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from normprop.errors import ConfigError
 
-_TELLS_APART = 0.5  # held entries must change less than this share of the others to place a tensor that mixes samples
+TELLS_APART = 0.5  # the largest share at which rows are taken to be the samples', where nothing else tells
 
 
 class Rows(NamedTuple):
@@ -121,24 +121,29 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def difference(first: Tensor, second: Tensor) -> Tensor:
-    """Distance of two tensors per entry in float64; equal infinities and two NaN are no distance apart."""
-    first, second = (
-        tensor.detach() if tensor.is_complex() else tensor.detach().to(_widest(tensor)) for tensor in (first, second)
-    )
-    same = (first == second) | (first.isnan() & second.isnan())
-    return torch.where(same, 0.0, (first - second).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    """Distance of two tensors per entry; equal infinities and two NaN are no distance apart."""
+    first, second = _comparable(first), _comparable(second)
+    distance = (first - second).abs()
+    if distance.numel() and not bool(distance.amax().isfinite()):
+        same = (first == second) | (first.isnan() & second.isnan())
+        distance = torch.where(same, 0.0, distance).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return distance
 
 
 def magnitude(tensor: Tensor) -> float:
     """Largest finite absolute value, 0 for an empty tensor."""
-    values = tensor.detach().abs().to(_widest(tensor)) if not tensor.is_complex() else tensor.detach().abs()
-    values = values[values.isfinite()]
-    return float(values.max()) if values.numel() else 0.0
+    if tensor.numel() == 0:
+        return 0.0
+    values = _comparable(tensor).abs()
+    largest = values.amax()
+    return float(largest if largest.isfinite() else values.nan_to_num(nan=0.0, posinf=0.0).amax())
 
 
-def _widest(tensor: Tensor) -> torch.dtype:
-    """Float64 where the device has it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def _comparable(tensor: Tensor) -> Tensor:
+    """In a type that can be subtracted; integers as float64 where the device has it."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.detach()
+    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def candidates(shape: torch.Size, axes: tuple[int, ...] | None, held: Tensor) -> list[Rows]:
@@ -182,19 +187,19 @@ def locate(
     """
     if not changed.any():
         return near, True
-    found = candidates(change.shape, axes, held)
+    usual: list[Rows] = []
     if near is not None:
-        likely = (near.axis,) if axes is None else axes
-        usual = [Rows(axis, near.held) for axis in likely if Rows(axis, near.held).fits(change)]
-        found = usual + found
-    for rows in [*found, *_unchanged(changed, held, axes)]:
-        if not (changed & rows.mask(change)).any():
-            return rows, True
-    if near is not None and usual:
+        rows = [Rows(axis, near.held) for axis in ((near.axis,) if axes is None else axes)]
+        usual = [each for each in rows if each.fits(change)]
+    found = candidates(change.shape, axes, held)
+    for place in [*usual, *found, *_unchanged(changed, held, axes)]:
+        if not (changed & place.mask(change)).any():
+            return place, True
+    if usual:
         return usual[0], False
-    best = min(found, key=lambda rows: _share(change, rows), default=None)
+    best = min(found, key=lambda rows: share(change, rows), default=None)
     certain = axes is not None and len(found) == 1
-    return best if best is None or certain or _share(change, best) < _TELLS_APART else None, False
+    return best if best is None or certain or share(change, best) < TELLS_APART else None, False
 
 
 def _unchanged(changed: Tensor, held: Tensor, axes: tuple[int, ...] | None) -> Iterator[Rows]:
@@ -207,7 +212,7 @@ def _unchanged(changed: Tensor, held: Tensor, axes: tuple[int, ...] | None) -> I
                 yield Rows(axis, rows)
 
 
-def _share(change: Tensor, rows: Rows) -> float:
-    """Mean change of the held rows relative to that of the others."""
+def share(change: Tensor, rows: Rows) -> float:
+    """Mean change of the held rows relative to that of the others: small where these are the samples' rows."""
     profile = change.movedim(rows.axis, 0).reshape(len(rows.held), -1).mean(1).cpu()
     return float(profile[rows.held].mean() / profile[~rows.held].mean())

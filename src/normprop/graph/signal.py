@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from normprop.graph.affine import has_tensors, reduced
 from normprop.graph.expression import Expression, moments
 from normprop.moments import Moments
 
@@ -28,6 +29,18 @@ class Origin:
     var: Tensor
     function: Expression
 
+    def plain(self) -> "Origin | None":
+        """The same without tensors in the function, of the Gaussian that a line of this one is; ``None`` if none is.
+
+        The place of every element in tensors matters no more, so that elements may be moved.
+        """
+        if not has_tensors(self.function):
+            return self
+        inner, line = reduced(self.function)
+        if has_tensors(inner):
+            return None
+        return Origin(None, self.mean * line.slope + line.offset, self.var * line.slope**2, inner)
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -41,6 +54,7 @@ class Signal:
         repeat: how many neighbouring positions share one independent value, at least 1 (2 x 2 after upsampling by 2).
         parts: the independent values that it is a sum of, with their coefficients and variances, if it is a sum.
         origin: the Gaussian that it is an elementwise function of, if it is one.
+        simplex: along its last axis it adds up to one, as the output of softmax does.
 
     Example:
         >>> Signal.of(torch.zeros(2), torch.ones(2), (8, 2, 4, 4), axis=1).mean.shape
@@ -52,8 +66,9 @@ class Signal:
     shape: tuple[int, ...]
     source: Source | None = None
     repeat: float = 1.0
-    parts: Mapping[Source, tuple[float, Tensor]] = field(default_factory=dict)
+    parts: Mapping[Source, tuple[float | Tensor, Tensor]] = field(default_factory=dict)
     origin: Origin | None = None
+    simplex: bool = False
 
     @staticmethod
     def of(mean: Tensor | float, var: Tensor | float, shape: tuple[int, ...], axis: int | None = None) -> "Signal":
@@ -87,12 +102,13 @@ class Signal:
     def through(self, function: Expression, origin: Origin | None = None) -> "Signal":
         """The signal after an elementwise function of what it comes from."""
         base = origin or self.base()
-        result = moments(function, base.mean, base.var)
+        inner, line = reduced(function)
+        result = moments(inner, base.mean * line.slope + line.offset, base.var * line.slope**2)
         mean, var = torch.as_tensor(result.mean), torch.as_tensor(result.var)
         return Signal(mean, var, self.shape, repeat=self.repeat, origin=replace(base, function=function))
 
-    def scaled(self, factor: float) -> "Signal":
-        """The signal times a number."""
+    def scaled(self, factor: float | Tensor) -> "Signal":
+        """The signal times a constant; a tensor has as many axes."""
         parts = {source: (factor * weight, var) for source, (weight, var) in self.parts.items()}
         return Signal(self.mean * factor, self.var * factor**2, self.shape, None, self.repeat, parts)
 
@@ -100,6 +116,12 @@ class Signal:
         """The signal plus a constant."""
         mean = self.mean + offset
         return Signal(mean, self.var, self.shape, None, self.repeat, self.parts)
+
+    def to(self, device: torch.device) -> "Signal":
+        """The signal with its tensors on a device."""
+        origin = self.origin and replace(self.origin, mean=self.origin.mean.to(device), var=self.origin.var.to(device))
+        parts = {source: (weight, var.to(device)) for source, (weight, var) in self.parts.items()}
+        return replace(self, mean=self.mean.to(device), var=self.var.to(device), parts=parts, origin=origin)
 
     def channels(self, axis: int) -> tuple[Tensor, Tensor]:
         """Mean and variance per element of one axis, over the data and all other axes; vectors of the axis' length."""
@@ -118,7 +140,7 @@ class Signal:
             return Moments(float(mean.mean()), float(var.mean() + mean.var(correction=0)))
 
 
-def add(one: Signal, other: Signal, weight: float, shape: tuple[int, ...]) -> Signal:
+def add(one: Signal, other: Signal, weight: float | Tensor, shape: tuple[int, ...]) -> Signal:
     """``one + weight * other``, with the covariance of the independent values that both are sums of.
 
     Example:

@@ -1,13 +1,37 @@
 """Rules of moments: one file per kind of operator."""
 
-from normprop.graph.rules import arithmetic, elementwise, linear, movement, normalisers, pooling, random
+from normprop.graph.rules import (
+    arithmetic,
+    attention,
+    choice,
+    converted,
+    elementwise,
+    embedding,
+    extremes,
+    layers,
+    linear,
+    methods,
+    movement,
+    normalisers,
+    pooling,
+    powers,
+    random,
+    statistics,
+)
 from normprop.graph.rules.registry import Call, module_rule, modules, operator_rule, operators, rule
 
 __all__ = [
     "Call",
     "arithmetic",
+    "attention",
+    "choice",
+    "converted",
     "elementwise",
+    "embedding",
+    "extremes",
+    "layers",
     "linear",
+    "methods",
     "module_rule",
     "modules",
     "movement",
@@ -15,6 +39,8 @@ __all__ = [
     "operator_rule",
     "operators",
     "pooling",
+    "powers",
     "random",
     "rule",
+    "statistics",
 ]
