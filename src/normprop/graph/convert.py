@@ -10,6 +10,7 @@ from normprop import norms
 from normprop.errors import ConversionError
 from normprop.graph import build
 from normprop.graph.absorb import channel_axis
+from normprop.graph.calibrate import calibrate
 from normprop.graph.capture import Inputs
 from normprop.graph.exact import prove, require_finite
 from normprop.graph.node import Graph
@@ -42,6 +43,8 @@ def convert(model: nn.Module, x: Inputs, *, inplace: bool = False, **options: An
         include, exclude: which normalisers by path: a glob pattern, several, or a function of path and module.
         on_unknown: at an operator without a rule: "error", "warn", or "measure" on the example input.
         given: moments of the input, mean 0 and variance 1 by default; a sequence for several inputs.
+        calibrate: what to rehearse on once, to correct the predicted variances by a number for each layer: "noise" of
+            the given moments, the example "input" itself, or ``None`` for predictions as they are.
 
     Returns:
         The converted network, an ordinary module.
@@ -89,11 +92,24 @@ def apply(plan: Plan, inplace: bool = False) -> nn.Module:
         plan.report.difference = prove(plan, wide)
     _rewrite(plan, net)
     if plan.options.weights != "exact":
+        _rehearse(plan, net)
         require_finite(plan, net)
     if not inplace:
         return net
     _rewrite(plan, plan.model)
+    _rehearse(plan, plan.model)
     return plan.model
+
+
+def _rehearse(plan: Plan, net: nn.Module) -> None:
+    """Correct the predictions, if that was asked for, and note by how much."""
+    options = plan.options
+    if options.to != "normprop" or options.weights == "exact" or options.calibrate is None:
+        return
+    corrections = dict(calibrate(net, plan.x, options.calibrate, options.given))
+    for entry in plan.report.sites:
+        path = entry.into if entry.action == "absorbed" else entry.path
+        entry.correction = corrections.get(path, corrections.get(f"{path}.0"))
 
 
 def _rewrite(plan: Plan, net: nn.Module) -> None:

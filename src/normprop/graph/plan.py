@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from normprop import norms
 from normprop.errors import ConfigError, ConversionError, GraphError
 from normprop.graph.absorb import linear_map
+from normprop.graph.calibrate import Rehearsal
 from normprop.graph.capture import Inputs, arguments, capture
 from normprop.graph.contract import calls, contract
 from normprop.graph.measure import measure
@@ -28,6 +29,14 @@ Weights = Literal["fresh", "exact", "rescale"]
 Patterns = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
+_CHOICES = {
+    "weights": ("fresh", "exact", "rescale"),
+    "moments": ("fixed", "live"),
+    "on_unknown": ("error", "warn", "measure"),
+    "calibrate": ("noise", "input", None),
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """What a caller asks of a conversion; see :func:`normprop.convert`."""
@@ -40,12 +49,13 @@ class Options:
     exclude: Patterns = None
     on_unknown: OnUnknown = "error"
     given: Moments | Sequence[Moments] | None = None
+    calibrate: Rehearsal = "noise"
 
     def __post_init__(self) -> None:
-        for name, known in (("weights", ("fresh", "exact", "rescale")), ("moments", ("fixed", "live")),
-                            ("on_unknown", ("error", "warn", "measure"))):  # fmt: skip
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"convert: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                choices = ", ".join(repr(value) for value in known)
+                raise ConfigError(f"convert: {name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.to != "normprop":
             norms.method(self.to)
             if self.weights == "exact":

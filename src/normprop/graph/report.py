@@ -23,6 +23,7 @@ class SiteReport:
         reason: why it is not absorbed, is kept, or cannot be converted.
         mean: predicted mean of what it normalises, averaged over channels; ``None`` where nothing was predicted.
         std: predicted standard deviation, root mean square over channels.
+        correction: ratio of the variance met in rehearsal to the predicted one; ``None`` without rehearsal.
         source: line of code that calls it.
     """
 
@@ -36,6 +37,7 @@ class SiteReport:
     reason: str = ""
     mean: float | None = None
     std: float | None = None
+    correction: float | None = None
     source: str = ""
 
 

@@ -24,11 +24,13 @@ class Predicted(nn.Module):
     """What layers that normalise by prediction share: mean and variance of their input's channels.
 
     Fixed moments are buffers ``mean`` and ``var``. Live ones are worked out in every forward pass by ``source``, from
-    the present weights, gains and biases of the layers before, and gradients flow through them.
+    the present weights, gains and biases of the layers before, and gradients flow through them. ``correction`` is one
+    number, by which the predicted variance of what is normalised is multiplied.
     """
 
     mean: Tensor
     var: Tensor
+    correction: Tensor
     source: Source | None
 
     def predict(self, mean: Tensor, var: Tensor, source: Source | None = None) -> None:
@@ -41,6 +43,7 @@ class Predicted(nn.Module):
         """
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("var", var.detach().clone())
+        self.register_buffer("correction", torch.ones((), device=var.device, dtype=var.dtype))
         self.source = source
 
     def predicted(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +94,7 @@ class PredictedNorm(Predicted):
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The layer as ``x * scale + shift``, (channels,) each, in float32 or better."""
         mean, var = self.predicted()
-        scale = (at_least_float32(var) + self.eps).rsqrt()
+        scale = (at_least_float32(var) * self.correction + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight
         shift = -at_least_float32(mean) * scale
@@ -137,7 +140,7 @@ class PredictedLayer(Predicted):
             weight = weight - (self._as_weight(middle) if self._transposed else middle)
         rows = as_rows(weight, self.groups) if self._transposed else weight
         mean, var = filtered(rows, *self.predicted(), self.groups, self.seen)
-        scale = (var + self.eps).rsqrt()
+        scale = (var * self.correction + self.eps).rsqrt()
         if self.gain is not None:
             scale = scale * self.gain
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
