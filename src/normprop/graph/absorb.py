@@ -97,7 +97,7 @@ def _aligned(graph: Graph, node: Node, last: int, channels: int) -> bool:
         chain.append(graph.nodes[index])
         (index,) = graph.nodes[index].inputs
     for step in reversed(chain):
-        values[step.index] = evaluate(step, graph.model.get_submodule, values)
+        values[step.index] = evaluate(step, graph.state, graph.model.get_submodule, values)
     mean, var = values[last].channels(1)
     return mean.shape == labels.shape and torch.equal(mean, labels) and not bool(var.any())
 

@@ -59,7 +59,8 @@ def calibrate(
         module.correction.mul_(ratio)
         reached.append((paths[module], float(module.correction)))
         bias = 0.0 if module.bias is None else module.bias.reshape([-1 if i == axis else 1 for i in range(output.ndim)])
-        return (output - bias) / ratio**0.5 + bias
+        corrected: Tensor = (output - bias) / ratio**0.5 + bias
+        return corrected
 
     handles = [module.register_forward_hook(hook) for module in paths]
     try:

@@ -182,7 +182,7 @@ def _seen(graph: Graph, node: Any, known: Propagation) -> Coverage | None:
     """How often a convolution's taps see its input, as its rule works it out."""
     memory: dict[str, Any] = {}
     with torch.no_grad():
-        evaluate(node, graph.model.get_submodule, known.values, memory)
+        evaluate(node, graph.state, graph.model.get_submodule, known.values, memory)
     return memory.get("seen")
 
 
@@ -212,7 +212,8 @@ def _enliven(plan: Plan, net: nn.Module, known: Propagation, roots: dict[int, tu
         layer = modules[path]
         assert isinstance(layer, Predicted)
         made = program(plan.graph, known, reads, roots, modules)
-        layer.source = made if made.steps else None
+        if made.steps:
+            layer.source = made.rehearse()
 
 
 def _reset(net: nn.Module) -> list[str]:

@@ -1,15 +1,25 @@
 """Live moments: the part of the network's propagation that a layer evaluates in every forward pass."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normprop.graph.node import Graph, Node, State, leaves
 from normprop.graph.propagate import Propagation, evaluate
-from normprop.graph.signal import Signal
+from normprop.graph.signal import Origin, Signal
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor that a program holds."""
+
+    index: int
 
 
 @dataclass
@@ -20,7 +30,7 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """Work out the moments of a layer's input from the present state of the layers before it.
 
@@ -39,23 +49,86 @@ class Program:
     steps: list[Step]
     reads: list[tuple[int, int]]
 
+    def __post_init__(self) -> None:
+        states = (leaf for step in self.steps for leaf in leaves(step.node.args) if isinstance(leaf, State))
+        self.states = [*dict.fromkeys(states)]
+        self.held: list[Tensor] = []
+        _make_traceable()
+
+    def __eq__(self, other: object) -> bool:
+        """A program equals itself alone; torch.compile asks."""
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _make_traceable()
+
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of the channels."""
-        values = dict(self.constants)
-        for step in self.steps:
-            values[step.node.index] = evaluate(step.node, self.modules.__getitem__, values, step.memory)
-        return mixed([values[index].channels(axis) for index, axis in self.reads])
+        tensors = [getattr(self.modules[state.path], state.name) for state in self.states]
+        return _evaluate(self, tensors, self.held)
+
+    def rehearse(self) -> "Program":
+        """Evaluate once, so that rules keep what they keep and what is left depends on tensors alone."""
+        with torch.no_grad():
+            self()
+        self.held = []
+        parts = (self.constants, [step.memory for step in self.steps])
+        constants, memories = _mapped(parts, Tensor, self._hold)
+        self.constants = constants
+        self.steps = [Step(step.node, memory) for step, memory in zip(self.steps, memories, strict=True)]
+        return self
+
+    def _hold(self, tensor: Tensor) -> "Slot":
+        self.held.append(tensor)
+        return Slot(len(self.held) - 1)
 
     def to(self, device: torch.device) -> "Program":
         """Move what it holds of its own to a device."""
-        self.constants = {index: _moved(value, device) for index, value in self.constants.items()}
+        self.held = [tensor.to(device) for tensor in self.held]
         return self
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Signal):
-        return value.to(device)
-    return value.to(device) if isinstance(value, Tensor) else value
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A structure of containers and dataclasses with a function applied to everything of one type."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(part, kind, function) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(part, kind, function) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(part, kind, function) for part in value)
+    if isinstance(value, (Signal, Origin)):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value)(**{name: _mapped(part, kind, function) for name, part in fields.items()})
+    return value
+
+
+def _evaluate(program: Program, tensors: list[Tensor], held: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Run a program on the tensors that it reads and those that it holds.
+
+    torch.compile takes this function for one call and looks at the operators inside only: what the rules decide in
+    Python depends on shapes and numbers, never on values.
+    """
+    state = dict(zip(program.states, tensors, strict=True))
+    values = _mapped(program.constants, Slot, lambda slot: held[slot.index])
+    for step in program.steps:
+        memory = _mapped(step.memory, Slot, lambda slot: held[slot.index]) if held else step.memory
+        values[step.node.index] = evaluate(step.node, state.__getitem__, program.modules.__getitem__, values, memory)
+    return mixed([values[index].channels(axis) for index, axis in program.reads])
+
+
+@functools.cache
+def _make_traceable() -> None:
+    """Tell torch.compile, whose import takes a while, about :func:`_evaluate`, once there is a program."""
+    import torch._dynamo
+
+    pytree.register_constant(Program)
+    globals()["_evaluate"] = torch._dynamo.nonstrict_trace(_evaluate)
 
 
 def mixed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normprop.errors import GraphError, MomentError, UnknownOperatorError
 from normprop.graph.node import Graph, Node, Ref, State, execute, leaves, replace
@@ -76,7 +76,7 @@ def propagate(
                 values[node.index] = input_signal(node, moments)
                 continue
             try:
-                values[node.index] = evaluate(node, graph.model.get_submodule, values)
+                values[node.index] = evaluate(node, graph.state, graph.model.get_submodule, values)
             except UnknownOperatorError as error:
                 if on_unknown == "error":
                     raise
@@ -95,6 +95,7 @@ def input_signal(node: Node, moments: Moments) -> Any:
 
 def evaluate(
     node: Node,
+    state_of: Callable[[State], Tensor],
     module_at: Callable[[str], nn.Module],
     values: Mapping[int, Any],
     memory: dict[str, Any] | None = None,
@@ -103,7 +104,8 @@ def evaluate(
 
     Args:
         node: the node.
-        module_at: from the path of a module to the module, which holds its parameters and buffers.
+        state_of: from a parameter or buffer in the graph to the tensor that it is now.
+        module_at: from the path of a module to the module.
         values: outputs of the nodes before.
         memory: what its rule may keep.
 
@@ -119,7 +121,7 @@ def evaluate(
         if isinstance(leaf, Ref):
             return values[leaf.index]
         if isinstance(leaf, State):
-            return getattr(module_at(leaf.path), leaf.name)
+            return state_of(leaf)
         return leaf
 
     arguments = replace(node.args, resolve)

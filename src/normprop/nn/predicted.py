@@ -145,7 +145,9 @@ class PredictedLayer(Predicted):
             scale = scale * self.gain
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         factor = scale.reshape([-1] + [1] * (weight.ndim - 1))
-        return weight * (self._as_weight(factor) if self._transposed else factor), shift
+        scaled = weight * (self._as_weight(factor) if self._transposed else factor)
+        # Strides of axes of length 1 are anyone's guess, and a compiler may take a 1x1 filter for channels-last.
+        return scaled.flatten().view(scaled.shape), shift
 
     def _as_weight(self, value: Tensor) -> Tensor:
         """One number per filter, (out, 1, ...), so that it broadcasts against a transposed convolution's weight."""
