@@ -5,8 +5,22 @@ Deep networks that train without batch statistics, at any batch size down to 1.
 
 from importlib.metadata import version
 
-from normprop import functional, models, moments, nn, norms, recipes
+from normprop import functional, graph, models, moments, nn, norms, recipes
 from normprop.errors import NormPropError
+from normprop.graph import analyze, batch_dependence, convert
 
 __version__ = version("normprop")
-__all__ = ["NormPropError", "__version__", "functional", "models", "moments", "nn", "norms", "recipes"]
+__all__ = [
+    "NormPropError",
+    "__version__",
+    "analyze",
+    "batch_dependence",
+    "convert",
+    "functional",
+    "graph",
+    "models",
+    "moments",
+    "nn",
+    "norms",
+    "recipes",
+]

@@ -1,1 +1,8 @@
 """Whole models: capture, rules of moments, plan, conversion, inspection, folding."""
+
+from normprop.graph.batch_dependence import batch_dependence
+from normprop.graph.convert import convert
+from normprop.graph.plan import analyze
+from normprop.graph.rules import rule
+
+__all__ = ["analyze", "batch_dependence", "convert", "rule"]

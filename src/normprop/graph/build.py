@@ -147,8 +147,12 @@ def other_block(name: str, linear: Any, norm: Any) -> nn.Module:
     arguments = settings(linear)
     plain = {key: arguments.pop(key) for key in ("dilation", "padding_mode") if key in arguments}
     made: Any = norms.block(name, dims)(**arguments, activation=None)
-    inner: Any = next(module for module in made.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)
-                      and module.weight.shape == linear.weight.shape)  # fmt: skip
+    shape = linear.weight.shape
+    inner: Any = next((m for m in made.modules() if getattr(m, "weight", torch.empty(0)).shape == shape), None)
+    if inner is None:
+        raise ConversionError(
+            f"convert: the block of {name!r} holds no layer for the filters of a {type(linear).__name__}"
+        )
     for key, value in plain.items():
         setattr(inner, key, value)
     if plain.get("padding_mode", "zeros") != "zeros":

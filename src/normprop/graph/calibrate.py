@@ -1,10 +1,10 @@
 """One rehearsal on noise: how far a deep network departs from its prediction, corrected layer by layer.
 
 Propagation takes channels and positions as uncorrelated and Gaussian. A layer's error is a few per cent, but errors
-multiply with depth, and activations such as SiLU, steeper for larger inputs, amplify them: EfficientNet-B0 ends 40 times
-too large. So a fresh conversion sends noise of the predicted input moments through the network once and sets, in the
-order of the forward pass, one number for each layer: the ratio of the variance that it meets to the predicted one. No
-data is involved, and batch size 1 stays exact.
+multiply with depth, and activations such as SiLU, steeper for larger inputs, amplify them: EfficientNet-B0 ends 40
+times too large. So a fresh conversion sends noise of the predicted input moments through the network once and sets, in
+the order of the forward pass, one number for each layer: the ratio of the variance that it meets to the predicted one.
+No data is involved, and a sample's output still depends on it alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -96,7 +96,7 @@ def _enlarged(x: Inputs) -> Inputs:
     """More samples of a small example; a model whose inputs have no common first axis gets it as it is."""
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
-    times = min(_ENOUGH // max(sum(tensor.numel() for tensor in tensors), 1), 32 // max(*sizes, 1))
+    times = min(_ENOUGH // max(sum(tensor.numel() for tensor in tensors), 1), 256 // max(*sizes, 1))
     if len(sizes) > 1 or times < 2:
         return x
     return pytree.tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) else leaf, x)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Elementwise functions of one variable, read off the graph: how ``x * sigmoid(x)`` becomes one activation."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from normprop.moments.quadrature import UNKNOWN, Shape
 
 @dataclass(frozen=True)
 class Expression:
-    """A function of one variable z: an operator applied to other expressions and numbers, or z itself.
+    """A function of one variable z: an operator applied to other expressions and constants, or z itself.
+
+    Constants are numbers, or tensors with no axes or with those of the value.
 
     Args:
         op: full name of the operator, "" for z.
@@ -36,7 +38,19 @@ class Expression:
         """Evaluate at z."""
         if self.args is None:
             return z
-        args = replace(self.args, lambda leaf: leaf(z) if isinstance(leaf, Expression) else leaf)
+        logical = _name(self) in _LOGICAL
+
+        def value_of(leaf: Any) -> Any:
+            if isinstance(leaf, Expression):
+                value = leaf(z)
+                return value.to(z.dtype) if value.dtype == torch.bool and not logical else value
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaf = leaf.to(z.dtype) if leaf.is_floating_point() else leaf
+            # Quadrature puts its nodes on an axis after those of the value.
+            return leaf[(..., *[None] * (z.ndim - leaf.ndim))] if leaf.ndim else leaf
+
+        args = replace(self.args, value_of)
         first, *rest = args
         value: Tensor = functional(self.op)(args[first], **{name: args[name] for name in rest})
         return value
@@ -60,23 +74,44 @@ def activation(expression: Expression) -> Rule:
         return resolve(None)
     first, *rest = expression.args.values()
     if isinstance(first, Expression) and first.args is None and not any(isinstance(v, Expression) for v in rest):
-        name = expression.op.split(".")[1].removesuffix("_")
-        known = _KNOWN.get(name)
+        known = _KNOWN.get(_name(expression))
         if known is not None:
             return resolve(known(expression.args))
-    return Rule("composite", expression, _shape(expression))
+    return Rule("composite", functools.partial(_number, expression), _shape(expression))
+
+
+def _number(expression: Expression, z: Tensor) -> Tensor:
+    """What an expression is worth as a number: 0 or 1 for a comparison."""
+    value = expression(z)
+    return value if value.is_floating_point() else value.to(z.dtype)
+
+
+def _name(expression: Expression) -> str:
+    return expression.op.split(".")[1].removesuffix("_")
 
 
 def _shape(expression: Expression) -> Shape:
-    """Where an expression may have kinks: where a number stands in it, besides the customary places."""
-    return UNKNOWN if _kinked(expression) else Shape()
+    """Where an expression may have kinks: at the numbers that stand in it and in the customary places."""
+    if not _kinked(expression):
+        return Shape()
+    numbers = {float(number) for number in _numbers(expression) if 1e-3 <= abs(number) <= 1e3}
+    return Shape(tuple(sorted({*UNKNOWN.breaks, *numbers, *(-number for number in numbers)})))
+
+
+def _numbers(expression: Expression) -> Iterator[float]:
+    for leaf in leaves(expression.args):
+        if isinstance(leaf, Expression):
+            if leaf.args is not None:
+                yield from _numbers(leaf)
+        elif isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+            yield leaf
 
 
 def _kinked(expression: Expression) -> bool:
     if expression.args is None:
         return False
-    name = expression.op.split(".")[1].removesuffix("_")
-    return name not in _SMOOTH or any(_kinked(leaf) for leaf in leaves(expression.args) if isinstance(leaf, Expression))
+    parts = leaves(expression.args)
+    return _name(expression) not in _SMOOTH or any(_kinked(leaf) for leaf in parts if isinstance(leaf, Expression))
 
 
 def moments(expression: Expression, mean: Tensor, var: Tensor) -> Moments:
@@ -99,33 +134,72 @@ def increasing(expression: Expression) -> bool:
         >>> increasing(Expression("aten.relu.default", {"self": Expression()}))
         True
     """
+    return bool((_sampled(expression).diff() >= -1e-12).all())
+
+
+def nonnegative(expression: Expression) -> bool:
+    """Whether an expression is never below zero, judged on the same grid.
+
+    Example:
+        >>> nonnegative(Expression("aten.relu.default", {"self": Expression()}))
+        True
+    """
+    return bool((_sampled(expression) >= 0).all())
+
+
+def _sampled(expression: Expression) -> Tensor:
     with torch.no_grad():
-        value = expression(torch.linspace(-8.0, 8.0, 401, dtype=torch.float64))
-    return bool((value.diff() >= -1e-12).all())
+        return expression(torch.linspace(-8.0, 8.0, 401, dtype=torch.float64))
 
 
+# Operators that take truth values, which others take as numbers.
+_LOGICAL = {
+    "where",
+    "masked_fill",
+    "logical_not",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_not",
+    "bitwise_and",
+}
+
+# Operators without kinks or jumps.
 _SMOOTH = {
-    "sigmoid",
-    "tanh",
-    "mul",
     "add",
     "sub",
     "rsub",
+    "mul",
+    "div",
     "neg",
     "square",
+    "pow",
     "exp",
-    "erf",
+    "exp2",
+    "expm1",
+    "log1p",
+    "sigmoid",
+    "tanh",
+    "softplus",
     "silu",
     "gelu",
-    "softplus",
+    "mish",
+    "erf",
+    "erfc",
+    "log_sigmoid",
+    "logaddexp",
     "sin",
     "cos",
-    "pow",
-    "mish",
-    "div",
-    "log_sigmoid",
-    "log1p",
-    "expm1",
+    "sinh",
+    "cosh",
+    "tan",
+    "atan",
+    "asinh",
+    "reciprocal",
+    "sqrt",
+    "rsqrt",
+    "special_ndtr",
+    "special_expit",
 }
 
 _KNOWN: dict[str, Callable[[dict[str, Any]], Any]] = {

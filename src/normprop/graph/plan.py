@@ -265,11 +265,8 @@ def refuse(plan: Plan) -> None:
         )
     if not plan.sites:
         kept = len(plan.report.sites)
-        found = (
-            f"its {kept} normaliser{'s' * (kept != 1)} are all left"
-            if kept
-            else "it holds no batch norm that is called"
-        )
+        left = f"its {kept} normaliser{'s' * (kept != 1)} are all left as they are"
         raise ConversionError(
-            f"{type(plan.model).__name__}: there is nothing to convert: {found}; print normprop.analyze(model, x)"
+            f"{type(plan.model).__name__}: there is nothing to convert, {left if kept else 'it calls no batch norm'}; "
+            f"print normprop.analyze(model, x)"
         )
