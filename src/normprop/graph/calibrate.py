@@ -7,6 +7,7 @@ the order of the forward pass, one number for each layer: the ratio of the varia
 No data is involved, and a sample's output still depends on it alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normprop.errors import ConversionError
 from normprop.graph.capture import Inputs, arguments
 from normprop.moments import Moments
 from normprop.nn import Predicted, PredictedLayer, PredictedLinear
@@ -37,6 +39,9 @@ def calibrate(
     Returns:
         Path and correction of every layer, in the order in which they were reached.
 
+    Raises:
+        ConversionError: if a layer's output is not finite.
+
     Example:
         >>> from normprop.nn import PredictedNorm
         >>> net = nn.Sequential(PredictedNorm(2))
@@ -53,7 +58,10 @@ def calibrate(
         gain = module.gain if isinstance(module, PredictedLayer) else module.weight
         power = 1.0 if gain is None else float(gain.double().square().mean())
         others = [i for i in range(output.ndim) if i != axis]
-        ratio = float(output.double().var(others, correction=0).mean()) / power if power > 0.0 else 0.0
+        met = float(output.double().var(others, correction=0).mean())
+        if not math.isfinite(met):
+            raise ConversionError(f"{paths[module]}: after conversion its output on {on} is not finite")
+        ratio = met / power if power > 0.0 else 0.0
         if not 1e-12 < ratio < 1e12:  # silent layers, such as a branch that begins at zero, stay as they are
             ratio = 1.0
         module.correction.mul_(ratio)
@@ -89,7 +97,7 @@ def _state_kept(net: nn.Module) -> Iterator[None]:
             value.copy_(before)
 
 
-_ENOUGH = 2**18  # values of input that make the variance of a layer's output known to a per cent or so
+_ENOUGH = 2**20  # values of input that make the variance of a layer's output known to a per cent or so
 
 
 def _enlarged(x: Inputs) -> Inputs:

@@ -91,8 +91,7 @@ def apply(plan: Plan, inplace: bool = False) -> nn.Module:
         _rewrite(plan, wide)
         plan.report.difference = prove(plan, wide)
     _rewrite(plan, net)
-    if plan.options.weights != "exact":
-        _rehearse(plan, net)
+    if not _rehearse(plan, net) and plan.options.weights != "exact":
         require_finite(plan, net)
     if not inplace:
         return net
@@ -101,15 +100,16 @@ def apply(plan: Plan, inplace: bool = False) -> nn.Module:
     return plan.model
 
 
-def _rehearse(plan: Plan, net: nn.Module) -> None:
+def _rehearse(plan: Plan, net: nn.Module) -> bool:
     """Correct the predictions, if that was asked for, and note by how much."""
     options = plan.options
     if options.to != "normprop" or options.weights == "exact" or options.calibrate is None:
-        return
+        return False
     corrections = dict(calibrate(net, plan.x, options.calibrate, options.given))
     for entry in plan.report.sites:
         path = entry.into if entry.action == "absorbed" else entry.path
         entry.correction = corrections.get(path, corrections.get(f"{path}.0"))
+    return True
 
 
 def _rewrite(plan: Plan, net: nn.Module) -> None:

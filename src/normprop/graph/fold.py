@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normprop.errors import ConversionError
+from normprop.errors import ConversionError, GraphError
 from normprop.graph.capture import Inputs, arguments, capture
 from normprop.graph.fold_check import check_guess, check_module, check_network
 from normprop.graph.fold_flow import Flow, GraphFlow, SequenceFlow
@@ -29,7 +29,10 @@ def fold(net: nn.Module, x: Inputs | None = None) -> nn.Module:
     the layer before or behind. What cannot go there exactly, such as a shift in front of zero padding, stays as one
     elementwise operation. A residual block of normprop's becomes a ``torch.fx.GraphModule``.
 
-    Normalisers that look at their input in evaluation have no plain form: torch's own (group norm, layer norm) stay.
+    Normalisers that look at their input in evaluation have no plain form: torch's own (group norm, layer norm) stay,
+    and so does what the network's own forward code normalises by calling functions.
+
+    Hooks of modules that are replaced are not kept.
 
     Args:
         net: any network; it stays as it is.
@@ -64,7 +67,7 @@ def fold(net: nn.Module, x: Inputs | None = None) -> nn.Module:
     with torch.no_grad():
         forms = _forms(work, {} if inputs is None else _shapes(work, *inputs))
     plain = _substituted(work, forms)
-    flow: Flow = SequenceFlow(plain) if inputs is None else GraphFlow(capture(plain, inputs[1] or inputs[0]))
+    flow = SequenceFlow(plain) if inputs is None else _captured(plain, *inputs)
     with torch.no_grad():
         merge(plain, flow)
         plain = settle(plain, flow, {id(module) for module in forms.values()})
@@ -72,7 +75,7 @@ def fold(net: nn.Module, x: Inputs | None = None) -> nn.Module:
             check_guess(reference, plain)
         else:
             check_network(reference, plain, *inputs)
-    return _restored(plain, net)
+    return _restored(plain, net).eval()
 
 
 def _copy(net: nn.Module) -> nn.Module:
@@ -167,6 +170,16 @@ def _unlink(model: nn.Module) -> None:
             block.link = None
 
 
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
+    """Who feeds whom when the network runs."""
+    try:
+        return GraphFlow(capture(model, kwargs or args))
+    except GraphError as failure:
+        raise ConversionError(
+            f"fold: {failure}; its forward may ask more of a module that is folded than to be called"
+        ) from failure
+
+
 def _substituted(model: nn.Module, forms: dict[int, nn.Module]) -> nn.Module:
     """The network with the form of every module in each of its places."""
 
@@ -199,11 +212,18 @@ def _restored(plain: nn.Module, net: nn.Module) -> nn.Module:
         inside = (value for key, value in before.items() if key.startswith(prefix) and value.is_floating_point())
         return next(inside, like(around) if around else None)
 
+    cast: dict[int, Tensor] = {}
     for name, tensor in _tensors(plain):
         model = like(name)
-        if model is not None:
-            dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
+        if model is None:
+            continue
+        dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
+        if isinstance(tensor, nn.Parameter):
             tensor.data = tensor.data.to(model.device, dtype)
+        else:
+            path, _, last = name.rpartition(".")
+            buffer = cast.setdefault(id(tensor), tensor.to(model.device, dtype))
+            plain.get_submodule(path)._buffers[last] = buffer
     return plain
 
 

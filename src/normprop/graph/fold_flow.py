@@ -1,6 +1,7 @@
 """Who feeds whom in a network that is folded: from the graph of its calls, or from its sequences alone."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -42,17 +43,20 @@ class Flow(Protocol):
 
 
 class SequenceFlow:
-    """What the order of ``nn.Sequential`` and the graphs of ``torch.fx`` tell without an example input."""
+    """What the order of ``nn.Sequential`` and the graphs of ``torch.fx`` tell without an example input.
+
+    Args:
+        model: in evaluation.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._follows: dict[str, str | None] = {}
-        self._name = {id(module): path for path, module in reversed([*model.named_modules()])}
-        places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-        self._shared = {place for place in places if places.count(place) > 1}
+        self._follows: dict[str, str] = {}
+        name = {id(module): path for path, module in model.named_modules()}
+        places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
         for chain in _chains(model):
             for first, second in itertools.pairwise(chain):
-                if not {id(first), id(second)} & self._shared:
-                    self._follows[self._name[id(first)]] = self._name[id(second)]
+                if places[id(first)] == places[id(second)] == 1:
+                    self._follows[name[id(first)]] = name[id(second)]
 
     def before(self, path: str) -> str | None:
         """The one module that feeds this one, see :class:`Flow`."""
@@ -70,26 +74,34 @@ class SequenceFlow:
     def remove(self, path: str) -> None:
         """Take a module out, see :class:`Flow`."""
         first, second = self.before(path), self._follows.pop(path, None)
-        if first is not None:
+        if first is not None and second is not None:
             self._follows[first] = second
+        elif first is not None:
+            del self._follows[first]
 
 
 def _chains(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Modules without children that run one after the other, each the only reader of the one before."""
+    """Modules that run one after the other, each the only reader of the one before."""
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
+            calls = Counter(node.target for node in module.graph.nodes)
             for node in module.graph.nodes:
-                (reader, *more) = node.users or (None,)
-                if node.op == "call_module" and reader is not None and not more and reader.op == "call_module":
-                    first, second = (module.get_submodule(str(part.target)) for part in (node, reader))
-                    yield [*_steps(first)[-1:], *_steps(second)[:1]]
-        elif type(module) is nn.Sequential:
+                pair = (node, *node.users)
+                if len(pair) == 2 and all(part.op == "call_module" and calls[part.target] == 1 for part in pair):
+                    first, second = (_steps(module.get_submodule(str(part.target))) for part in pair)
+                    yield [*first[-1:], *second[:1]]
+        elif _is_sequence(module):
             yield _steps(module)
 
 
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def _steps(module: nn.Module) -> list[nn.Module]:
-    if type(module) is nn.Sequential:
-        return [step for child in module for step in _steps(child)]
+    """What runs when a module does, sequences inside of it opened."""
+    if _is_sequence(module):
+        return [step for child in module.children() for step in _steps(child)]
     return [] if isinstance(module, nn.Identity) else [module]
 
 

@@ -140,24 +140,21 @@ def _affine(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Affine 
         scale = scale if options.get("weight") is None else scale * options["weight"]
         shift = -options["running_mean"] * scale
         return Affine(scale, shift if options.get("bias") is None else shift + options["bias"])
-    if kwargs:
+    if kwargs or not 1 <= len(args) <= 3:
         return None
-    first, second, *rest = (*args, None)
-    if name == "addcmul" and isinstance(args[1], fx.Node):
-        return _of(args[2], args[0])
-    if rest != [None] and not (name == "neg" and rest == []):
-        return None
-    ahead = isinstance(first, fx.Node)
-    number = second if ahead else first
+    if len(args) == 3:
+        return _of(args[2], args[0]) if name == "addcmul" and isinstance(args[1], fx.Node) else None
+    if len(args) == 1:
+        return _of(-1.0, 0.0) if name == "neg" else None
+    ahead = isinstance(args[0], fx.Node)
+    number = args[1] if ahead else args[0]
     if name in ("mul", "imul", "rmul"):
         return _of(number, 0.0)
     if name in ("add", "iadd", "radd"):
         return _of(1.0, number)
     if name in ("sub", "isub"):
         return _of(1.0, -number) if ahead else _of(-1.0, number)
-    if name in ("truediv", "div", "itruediv") and ahead:
-        return _of(1.0 / number, 0.0)
-    return _of(-1.0, 0.0) if name == "neg" else None
+    return _of(1.0 / number, 0.0) if name in ("truediv", "div", "itruediv") and ahead else None
 
 
 def _of(scale: Any, shift: Any) -> Affine:

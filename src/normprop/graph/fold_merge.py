@@ -100,6 +100,7 @@ def _relax(model: nn.Module, flow: Flow, path: str, floor: Floor) -> None:
 
 
 def _absorb(model: nn.Module, flow: Flow, path: str, affine: Affine) -> bool:
+    """Take a change of a module's output up in all that read it, if all can."""
     axes = flow.axes(path)
     if affine.scale.ndim > 1:
         return False

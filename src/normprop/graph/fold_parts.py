@@ -162,7 +162,7 @@ def settled(part: nn.Module, axes: int | None) -> nn.Module | None:
     tensors = [_number(tensor) for tensor in part.buffers()]
     if axes is None and part.dims is None and any(tensor.ndim == 1 for tensor in tensors):
         return None
-    values = [part.aligned(tensor, axes or 2) for tensor in tensors]
+    values = [part.aligned(tensor, axes or 2).clone() for tensor in tensors]
     if isinstance(part, Floor):
         (floor,) = values
         if floor.ndim:

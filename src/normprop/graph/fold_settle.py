@@ -64,7 +64,7 @@ def _fuse(module: fx.GraphModule, path: str, flow: Flow) -> None:
             if part.dims is None and part.scale.ndim == 1 and axes is None:
                 continue
             name = f"{term.target}_scale"
-            module.register_buffer(name, part.aligned(part.scale, axes or 2))
+            module.register_buffer(name, part.aligned(part.scale, axes or 2).clone())
             with module.graph.inserting_before(node):
                 scale = module.graph.get_attr(name)
                 total = module.graph.call_function(torch.addcmul, (other, term.args[0], scale))

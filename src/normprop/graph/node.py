@@ -68,6 +68,7 @@ class Node:
         scopes: the modules whose calls it stands in, from the network to the innermost.
         source: file and line of the innermost code that is not torch's, and its text.
         inplace: the first argument was overwritten.
+        moving: it depends on the network's input; set by :meth:`Graph.settled`.
 
     Example:
         >>> Node(0, "relu", {"self": Ref(1)}, shape=(2, 3), scopes=(Scope("net.act"),)).path
@@ -83,6 +84,7 @@ class Node:
     scopes: tuple[Scope, ...] = (Scope(""),)
     source: str = ""
     inplace: bool = False
+    moving: bool = False
 
     @property
     def path(self) -> str:
@@ -123,15 +125,17 @@ class Graph:
     how: str
     note: str = ""
     _readers: list[list[int]] = field(default_factory=list)
-    _moving: set[int] = field(default_factory=set)
 
     def settled(self) -> "Graph":
         """The same graph, with every argument pointing at the node that last wrote the tensor.
+
+        Tensors that do not depend on the network's input are really overwritten when they are computed.
 
         Raises:
             GraphError: if a part of a tensor is overwritten and the whole is read afterwards.
         """
         holds: dict[int, int] = {}  # the node whose output a node's tensor holds by now
+        moving: set[int] = set()
         viewed: dict[int, int] = {}  # the node that a view looks at
         stale: dict[int, Node] = {}
 
@@ -153,8 +157,11 @@ class Graph:
         for node in self.nodes:
             raw = node.inputs
             node.args = replace(node.args, follow)
+            if node.op == "input" or moving.intersection(node.inputs):
+                moving.add(node.index)
+                node.moving = True
             target = node.overwrites
-            if target is not None:
+            if target is not None and node.index in moving:
                 holds[target] = node.index
                 base = viewed.get(raw[0])
                 while base is not None:
@@ -163,16 +170,12 @@ class Graph:
             elif node.op in _VIEWS and raw:
                 viewed[node.index] = raw[0]
         self.outputs = [latest(index) for index in self.outputs]
-        self._readers, self._moving = [], set()
+        self._readers = []
         return self
 
     def depends(self, index: int) -> bool:
         """Whether a node depends on the network's input, rather than on its state alone, as counters do."""
-        if not self._moving:
-            for node in self.nodes:
-                if node.op == "input" or self._moving.intersection(node.inputs):
-                    self._moving.add(node.index)
-        return index in self._moving
+        return self.nodes[index].moving
 
     def readers(self, index: int) -> list[Node]:
         """The nodes that take a node's output."""
@@ -235,6 +238,14 @@ def execute(node: Node, arguments: dict[str, Any]) -> Any:
     if not arguments:
         return function()
     first, *rest = arguments
+    return function(arguments[first], **{name: arguments[name] for name in rest})
+
+
+def overwrite(node: Node, arguments: dict[str, Any]) -> Any:
+    """Call a node's operator as it is, in place."""
+    namespace, name, variant = node.overload.split(".")
+    first, *rest = arguments
+    function = getattr(getattr(getattr(torch.ops, namespace), name), variant)
     return function(arguments[first], **{name: arguments[name] for name in rest})
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normprop.graph.expression import Expression
 from normprop.graph.node import Graph, Node, State, leaves
 from normprop.graph.propagate import Propagation, evaluate
 from normprop.graph.signal import Origin, Signal
@@ -69,6 +70,8 @@ class Program:
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of the channels."""
         tensors = [getattr(self.modules[state.path], state.name) for state in self.states]
+        if self.held and tensors and self.held[0].device != tensors[0].device:
+            self.held = [tensor.to(tensors[0].device) for tensor in self.held]
         return _evaluate(self, tensors, self.held)
 
     def rehearse(self) -> "Program":
@@ -86,11 +89,6 @@ class Program:
         self.held.append(tensor)
         return Slot(len(self.held) - 1)
 
-    def to(self, device: torch.device) -> "Program":
-        """Move what it holds of its own to a device."""
-        self.held = [tensor.to(device) for tensor in self.held]
-        return self
-
 
 def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """A structure of containers and dataclasses with a function applied to everything of one type."""
@@ -102,7 +100,7 @@ def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
         return type(value)(*(_mapped(part, kind, function) for part in value))
     if isinstance(value, (list, tuple)):
         return type(value)(_mapped(part, kind, function) for part in value)
-    if isinstance(value, (Signal, Origin)):
+    if isinstance(value, (Signal, Origin, Expression)):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return type(value)(**{name: _mapped(part, kind, function) for name, part in fields.items()})
     return value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop.errors import GraphError, MomentError, UnknownOperatorError
-from normprop.graph.node import Graph, Node, Ref, State, execute, leaves, replace
+from normprop.graph.node import Graph, Node, Ref, State, execute, leaves, overwrite, replace
 from normprop.graph.rules import Call, elementwise, module_rule, operator_rule
 from normprop.graph.signal import Signal
 from normprop.moments import Moments
@@ -129,7 +129,8 @@ def evaluate(
         return arguments["0"][arguments["1"]]
     module = module_at(node.path) if node.op == "module" else None
     call = Call(node, arguments, module, {} if memory is None else memory)
-    if not call.inputs and node.op not in ("module", "normalised"):
+    drawn = node.op in _DRAWN or (node.op in _LOOKED_UP and node.moving)
+    if not call.inputs and node.op != "module" and not drawn:
         return _constant(node, arguments)
     if node.op == "sym_size":
         return call.inputs[0].shape[arguments["dim"]]
@@ -164,13 +165,20 @@ def _finished(answer: Any, node: Node, output: int = 0) -> Any:
     return answer.made_by(node.index, output) if isinstance(answer, Signal) else answer
 
 
+# What has moments although no signal goes in: random draws, and look-ups by whole numbers from the input.
+_DRAWN = {"normalised", "bernoulli", "rand", "randn", "rand_like", "randn_like"}
+_LOOKED_UP = {"embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"}
+
+
 def _constant(node: Node, arguments: dict[str, Any]) -> Any:
     """What does not depend on the input is computed; whatever it would overwrite stays."""
     if not node.overload:
-        function = getattr(operator, node.op, None)
+        function = getattr(operator, node.op, getattr(torch, node.op, None))
         if function is None:
             raise UnknownOperatorError(f"{node}: unknown function of numbers")
         return function(*arguments.values())
+    if node.overwrites is not None:
+        return overwrite(node, arguments)
     return execute(node, arguments)
 
 

@@ -117,12 +117,6 @@ class Signal:
         mean = self.mean + offset
         return Signal(mean, self.var, self.shape, None, self.repeat, self.parts)
 
-    def to(self, device: torch.device) -> "Signal":
-        """The signal with its tensors on a device."""
-        origin = self.origin and replace(self.origin, mean=self.origin.mean.to(device), var=self.origin.var.to(device))
-        parts = {source: (weight, var.to(device)) for source, (weight, var) in self.parts.items()}
-        return replace(self, mean=self.mean.to(device), var=self.var.to(device), parts=parts, origin=origin)
-
     def channels(self, axis: int) -> tuple[Tensor, Tensor]:
         """Mean and variance per element of one axis, over the data and all other axes; vectors of the axis' length."""
         axis %= len(self.shape)

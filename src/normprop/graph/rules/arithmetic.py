@@ -1,21 +1,20 @@
-"""Sums, products and quotients of signals and constants."""
+"""Sums, products and quotients of signals and constants, and what is written with them."""
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normprop.graph.rules import elementwise
+from normprop.graph.rules.powers import inverse
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Signal, add
 
 
-def _pair(call: Call) -> tuple[Any, Any]:
-    one, other = [*call.arguments.values()][:2]
-    return one, other
-
-
-def _aligned(value: Any, call: Call) -> Any:
+def aligned(value: Any, call: Call) -> Any:
     """A signal or constant with the axes of the output."""
     missing = len(call.shape) - (len(value.shape) if isinstance(value, (Signal, Tensor)) else 0)
     if isinstance(value, Signal) and missing:
@@ -26,92 +25,155 @@ def _aligned(value: Any, call: Call) -> Any:
     return value
 
 
-@rule("add", "sub", "rsub")
-def total(call: Call) -> Signal:
-    """Sums: exact for constants; independent parts for signals, shared ones with their covariance."""
-    one, other = _pair(call)
-    weight = float(call.get("alpha", 1)) * (1.0 if call.node.op == "add" else -1.0)
-    if call.node.op == "rsub":
-        one, other = other, one
+def _known(call: Call, result: Signal) -> Signal:
+    """The result, with what it is as a function of the Gaussian behind it where that is known."""
+    origin = elementwise.composed(call) if elementwise.one_source(call) else None
+    return replace(result, origin=origin)
+
+
+def plus(one: Any, other: Any, weight: Any, call: Call) -> Signal:
+    """``one + weight * other`` for signals, of which there is one at least, and constants."""
+    one, other = aligned(one, call), aligned(other, call)
     if isinstance(one, Signal) and isinstance(other, Signal):
-        if elementwise.one_source(call) and (one.origin or other.origin):
-            return elementwise.unary(call)
-        return add(_aligned(one, call), _aligned(other, call), weight, call.shape)
-    numbers = not isinstance(one, Tensor | None) and not isinstance(other, Tensor)
-    if numbers and elementwise.one_source(call):
-        composed = elementwise.unary(call)
-        signal, constant = (one, weight * other) if isinstance(one, Signal) else (other.scaled(weight), one)
-        moved = signal.shifted(constant)
-        return Signal(moved.mean, moved.var, call.shape, None, signal.repeat, moved.parts, composed.origin)
-    one, other = _aligned(one, call), _aligned(other, call)
+        return add(one, other, weight, call.shape)
     signal, constant = (one, weight * other) if isinstance(one, Signal) else (other.scaled(weight), one)
-    moved = signal.shifted(constant)
-    return Signal(moved.mean, moved.var.expand_as(moved.var), call.shape, None, signal.repeat, moved.parts)
+    return replace(signal.shifted(constant), shape=call.shape)
 
 
-@rule("mul", "div")
-def product(call: Call) -> Signal:
-    """Products: of a signal and a constant; of functions of one Gaussian; else of independent signals (gates)."""
-    one, other = _pair(call)
-    if call.node.op == "div" and call.get("rounding_mode") is not None and elementwise.one_source(call):
-        return elementwise.unary(call)
-    if elementwise.one_source(call):
-        composed = elementwise.unary(call)
-        if isinstance(one, Signal) and isinstance(other, Signal):
-            return composed
-        if not isinstance(one, Signal) and call.node.op == "div":
-            return composed
-        signal, number = (one, float(other)) if isinstance(one, Signal) else (other, float(one))
-        scaled = signal.scaled(1.0 / number if call.node.op == "div" else number)
-        return Signal(scaled.mean, scaled.var, call.shape, None, signal.repeat, scaled.parts, composed.origin)
-    one, other = _aligned(one, call), _aligned(other, call)
-    if call.node.op == "div":
-        if isinstance(other, Signal):
-            other = reciprocal(other)
-        else:
-            other = 1.0 / other
+def times(one: Any, other: Any, call: Call) -> Signal:
+    """``one * other`` for signals, of which there is one at least, and constants; signals are independent (gates)."""
+    one, other = aligned(one, call), aligned(other, call)
     if isinstance(one, Signal) and isinstance(other, Signal):
         mean = one.mean * other.mean
         var = one.var * other.var + one.var * other.mean.square() + other.var * one.mean.square()
         return Signal(mean, var, call.shape, repeat=min(one.repeat, other.repeat))
     signal, factor = (one, other) if isinstance(one, Signal) else (other, one)
-    return Signal(signal.mean * factor, signal.var * factor**2, call.shape, repeat=signal.repeat)
+    return replace(signal.scaled(factor), shape=call.shape)
 
 
-def reciprocal(signal: Signal) -> Signal:
-    """1 / x to second order around the mean, for denominators that stay away from zero (norms, sums of gates)."""
-    mean = signal.mean
-    relative = signal.var / mean.square()
-    return Signal((1.0 + relative) / mean, relative / mean.square(), signal.shape, repeat=signal.repeat)
+@rule("add", "sub", "rsub")
+def total(call: Call) -> Signal:
+    """Sums: exact for constants; independent parts for signals, shared ones with their covariance."""
+    one, other = [*call.arguments.values()][:2]
+    weight = call.get("alpha", 1) * (1.0 if call.node.op == "add" else -1.0)
+    if call.node.op == "rsub":
+        one, other = other, one
+    both = isinstance(one, Signal) and isinstance(other, Signal)
+    if both and elementwise.one_source(call) and (one.origin or other.origin):
+        return elementwise.unary(call)
+    result = plus(one, other, weight, call)
+    return result if both else _known(call, result)
+
+
+@rule("mul", "div", "true_divide", "multiply", "divide")
+def product(call: Call) -> Signal:
+    """Products: of a signal and a constant; of functions of one Gaussian; else of independent signals (gates)."""
+    one, other = [*call.arguments.values()][:2]
+    divided = "div" in call.node.op
+    both = isinstance(one, Signal) and isinstance(other, Signal)
+    if call.get("rounding_mode") is not None or (both and elementwise.one_source(call)):
+        return elementwise.unary(call)
+    if divided and isinstance(other, Signal):
+        return times(one, inverse(other), call)
+    result = times(one, 1.0 / other if divided else other, call)
+    return result if both else _known(call, result)
+
+
+def _together(function: Callable[[Call], Signal]) -> Callable[[Call], Signal]:
+    """Several functions of one Gaussian are taken as one, not as independent."""
+
+    @functools.wraps(function)
+    def rule_of(call: Call) -> Signal:
+        if elementwise.one_source(call) and len(call.inputs) > 1:
+            return elementwise.unary(call)
+        return _known(call, function(call))
+
+    return rule_of
+
+
+def _combined(call: Call, base: Any, one: Any, other: Any, weight: Any) -> Signal:
+    """``base + weight * (one * other)``, any of which may be constant."""
+    if not isinstance(one, Signal) and not isinstance(other, Signal):
+        return plus(base, one * other, weight, call)
+    return plus(base, times(one, other, call), weight, call)
+
+
+@rule("addcmul")
+@_together
+def addcmul(call: Call) -> Signal:
+    """self + value * tensor1 * tensor2: a product, then a sum."""
+    return _combined(call, call["self"], call["tensor1"], call["tensor2"], call.get("value", 1))
+
+
+@rule("addcdiv")
+@_together
+def addcdiv(call: Call) -> Signal:
+    """self + value * tensor1 / tensor2: a quotient, then a sum."""
+    below = call["tensor2"]
+    below = inverse(below) if isinstance(below, Signal) else 1.0 / below
+    return _combined(call, call["self"], call["tensor1"], below, call.get("value", 1))
+
+
+@rule("lerp")
+@_together
+def lerp(call: Call) -> Signal:
+    """self + weight * (end - self) = (1 - weight) * self + weight * end, both independent."""
+    start, end, weight = [*call.arguments.values()][:3]
+    if isinstance(weight, Signal):
+        away = plus(end, start, -1.0, call) if isinstance(end, Signal) or isinstance(start, Signal) else end - start
+        return _combined(call, start, away, weight, 1.0)
+    weight = aligned(weight, call)
+    kept = aligned(start, call)
+    return plus(kept.scaled(1 - weight) if isinstance(kept, Signal) else kept * (1 - weight), end, weight, call)
 
 
 @rule("mean", "sum")
 def reduction(call: Call) -> Signal:
-    """Means and sums over axes of independent values."""
-    x = call["self"]
+    """Means and sums over axes of independent values: var / n and n var."""
+    x = next(iter(call.arguments.values()))
+    axes = reduced_axes(call, x)
+    count = size_of(x, axes)
+    mean, var = (part.mean(axes, keepdim=True) if axes else part for part in torch.broadcast_tensors(x.mean, x.var))
+    var = var / distinct(count, x.repeat)
+    if call.node.op == "sum":
+        mean, var = mean * count, var * count**2
+    return Signal(*squeezed(mean, var, axes, call), call.shape)
+
+
+def reduced_axes(call: Call, x: Signal) -> list[int]:
+    """The axes that a reduction takes, all if it names none."""
     dims = call.get("dim")
-    if dims is None or dims == []:
-        dims = range(len(x.shape))
-    axes = sorted({axis % len(x.shape) for axis in ([dims] if isinstance(dims, int) else dims)})
+    dims = range(len(x.shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return sorted({axis % len(x.shape) for axis in dims}) if x.shape else []
+
+
+def reduced_shape(call: Call, x: Signal, axes: list[int]) -> tuple[int, ...]:
+    """Shape of a reduction, also where the call returns several tensors."""
+    kept = bool(call.get("keepdim", False))
+    return tuple(1 if i in axes else size for i, size in enumerate(x.shape) if kept or i not in axes)
+
+
+def size_of(x: Signal, axes: list[int]) -> int:
+    """How many elements a reduction takes together."""
     count = 1
     for axis in axes:
         count *= x.shape[axis]
-    mean, var = (part.mean(axes, keepdim=True) if axes else part for part in torch.broadcast_tensors(x.mean, x.var))
-    effective = independent(count, x.repeat)
-    var = var / effective
-    if call.node.op == "sum":
-        mean, var = mean * count, var * count**2
+    return count
+
+
+def squeezed(mean: Tensor, var: Tensor, axes: list[int], call: Call) -> tuple[Tensor, Tensor]:
+    """Moments without the reduced axes, unless the call keeps them."""
     if not call.get("keepdim", False):
         for axis in reversed(axes):
             mean, var = mean.squeeze(axis), var.squeeze(axis)
-    return Signal(mean, var, call.shape)
+    return mean, var
 
 
-def independent(count: float, repeat: float) -> float:
+def distinct(count: float, repeat: float) -> float:
     """How many independent values stand in a window of ``count`` neighbours.
 
     Example:
-        >>> independent(9, 1.0), independent(9, 4.0)
+        >>> distinct(9, 1.0), distinct(9, 4.0)
         (9.0, 3.0)
     """
     return 1.0 + (count - 1) / repeat

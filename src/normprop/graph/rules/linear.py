@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normprop.errors import UnknownOperatorError
 from normprop.fused import at_least_float32
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Signal
@@ -64,7 +65,7 @@ def transposed(call: Call) -> Signal:
     return _with_bias(result, call, channel, max(1.0, x.repeat))
 
 
-@rule("linear", "addmm", "mm", "matmul", "bmm", "baddbmm")
+@rule("linear", "addmm", "mm", "mv", "dot", "matmul", "bmm", "baddbmm")
 def product(call: Call) -> Signal:
     """Matrix products: of a signal and a constant, on either side, or of two independent signals."""
     if call.node.op == "linear":
@@ -88,29 +89,64 @@ def product(call: Call) -> Signal:
 
 def _product(left: Any, right: Any, call: Call) -> Moments:
     """Mean and variance of ``left @ right``; of sums of products of independent values where both are signals."""
-    inner = (left.shape[-1],)
-    parts = []
-    for value, axis in ((left, -1), (right, -2)):
-        mean, var = (value.mean, value.var) if isinstance(value, Signal) else (at_least_float32(value), None)
-        if mean.ndim == 1:
-            mean, var = mean.unsqueeze(axis + 1 if axis == -1 else 1), var
-            mean = mean.reshape(1, -1) if axis == -1 else mean.reshape(-1, 1)
-            var = None if var is None else var.reshape(mean.shape)
-        size = [*mean.shape]
-        size[axis] = inner[0]
-        mean = mean.expand(size)
-        parts.append((mean, None if var is None else var.expand(torch.broadcast_shapes(var.shape, size))))
-    (a, va), (b, vb) = parts
+    inner = left.shape[-1]
+    vectors = [axis for value, axis in ((left, -2), (right, -1)) if len(value.shape) == 1]
+    (a, va), (b, vb) = _matrix(left, -1, inner), _matrix(right, -2, inner)
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    va, vb = (part if part is None else part.to(wide) for part in (va, vb))
     mean = a @ b
     var = torch.zeros_like(mean)
-    if va is not None:
+    if va is not None and isinstance(left, Signal) and left.simplex:
+        # Shares add up to one: what all values have in common passes unchanged.
+        around = va @ b.square() - 2.0 * (va @ b) * mean + va.sum(-1, keepdim=True) * mean.square()
+        var = var + around.clamp_min(0.0)
+    elif va is not None:
         var = var + va @ b.square()
     if vb is not None:
-        var = var + a.square() @ vb
-    if va is not None and vb is not None:
-        var = var + va @ vb
-    lengths = len(call.shape)
-    if mean.ndim > lengths:
-        mean, var = mean.reshape(call.shape), var.reshape(call.shape)
-    fill = [1] * (lengths - mean.ndim)
+        var = var + (a.square() if va is None else a.square() + va) @ vb
+    for axis in vectors:
+        mean, var = mean.squeeze(axis), var.squeeze(axis)
+    fill = [1] * (len(call.shape) - mean.ndim)
     return Moments(mean.reshape([*fill, *mean.shape]), var.reshape([*fill, *var.shape]))
+
+
+def _matrix(value: Any, axis: int, inner: int) -> tuple[Tensor, Tensor | None]:
+    """Moments of a factor as matrices, in full along the axis that is summed over; constants have no variance."""
+
+    def full(part: Tensor) -> Tensor:
+        part = part.unsqueeze(-2 if axis == -1 else -1) if part.ndim == 1 else part
+        return part.expand([inner if j == part.ndim + axis else size for j, size in enumerate(part.shape)])
+
+    return (full(value.mean), full(value.var)) if isinstance(value, Signal) else (full(value), None)
+
+
+@rule("einsum")
+def einsum(call: Call) -> Signal:
+    """Sums of products of one or two independent tensors: m1 m2, and v1 v2 + v1 m2^2 + m1^2 v2."""
+    equation, operands = call["equation"].replace(" ", ""), call["tensors"]
+    if len(operands) > 2:
+        raise UnknownOperatorError(
+            f"{call.node}: there is a rule for einsum of one or two tensors, not {len(operands)}"
+        )
+    inputs, _, output = equation.partition("->")
+    parts = []
+    for labels, value in zip(inputs.split(","), operands, strict=True):
+        size = [1 if label in output else length for label, length in _labelled(labels, value.shape)]
+        mean, var = (value.mean, value.var) if isinstance(value, Signal) else (value, torch.zeros_like(value))
+        parts.append([part.expand(torch.broadcast_shapes(part.shape, size)) for part in (mean, var)])
+    if len(parts) == 1:
+        mean, var = (torch.einsum(equation, part) for part in parts[0])
+    else:
+        wide = torch.promote_types(parts[0][0].dtype, parts[1][0].dtype)
+        (a, va), (b, vb) = ([part.to(wide) for part in pair] for pair in parts)
+        mean = torch.einsum(equation, a, b)
+        var = torch.einsum(equation, va, b.square() + vb) + torch.einsum(equation, a.square(), vb)
+    return Signal(mean, var, call.shape, repeat=max(part.repeat for part in call.inputs))
+
+
+def _labelled(labels: str, shape: Any) -> list[tuple[str, int]]:
+    """The letter of every axis of an operand; "." for those of an ellipsis."""
+    before, dots, after = labels.partition("...")
+    middle = "." * (len(shape) - len(before) - len(after)) if dots else ""
+    return list(zip(before + middle + after, shape, strict=True))

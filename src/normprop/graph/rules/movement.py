@@ -1,11 +1,13 @@
 """Operators that only move, repeat or drop elements: run once on labels, they say where every moment goes."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normprop.graph.node import execute, leaves, replace
+from normprop.graph import node as nodes
+from normprop.graph.node import execute, leaves
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Origin, Signal
 
@@ -18,11 +20,9 @@ _SAME = (
     "_to_copy",
     "type_as",
     "lift_fresh",
-    "view_as",
     "identity",
     "requires_grad",
     "positive",
-    "copy",
     "float",
     "double",
     "half",
@@ -40,9 +40,23 @@ def same(call: Call) -> Signal:
     return x
 
 
+@rule("copy")
+def copied(call: Call) -> Signal:
+    """Another tensor written over the first."""
+    source = call["src"]
+    if isinstance(source, Tensor):
+        return Signal.of(source.reshape([1] * (len(call.shape) - source.ndim) + [*source.shape]), 0.0, call.shape)
+    missing = [1] * (len(call.shape) - len(source.shape))
+    mean, var = (part.reshape([*missing, *part.shape]) for part in (source.mean, source.var))
+    return Signal(mean, var, call.shape)
+
+
 @rule(
     "view",
     "_unsafe_view",
+    "_reshape_alias",
+    "take_along_dim",
+    "scatter",
     "reshape",
     "flatten",
     "unflatten",
@@ -54,7 +68,6 @@ def same(call: Call) -> Signal:
     "squeeze",
     "unsqueeze",
     "expand",
-    "expand_as",
     "repeat",
     "repeat_interleave",
     "tile",
@@ -106,8 +119,6 @@ def same(call: Call) -> Signal:
     "tril",
     "triu",
     "diagonal",
-    "where",
-    "masked_fill",
     "view_copy",
     "ravel",
     "as_strided",
@@ -138,7 +149,17 @@ def moved(call: Call) -> Any:
     repeat = min(signal.repeat for signal in signals)
     count = max(_size(signal.shape) for signal in signals)
     results = [_gather(output, flat, sources, repeat, count) for output in outputs]
+    if single and len(sources) == 1 and call.node.op in ("view", "reshape", "_unsafe_view", "expand"):
+        kept = sources[0].simplex and sources[0].shape[-1] == results[0].shape[-1]
+        return replace(results[0], simplex=kept)
     return results[0] if single else results
+
+
+@rule("view_as", "reshape_as", "expand_as")
+def like(call: Call) -> Any:
+    """Elements in the shape of another tensor."""
+    shape = torch.empty((), dtype=torch.bool).expand(call["other"].shape)
+    return moved(Call(call.node, {**call.arguments, "other": shape}, memory=call.memory))
 
 
 def _moves(leaf: Any) -> bool:
@@ -150,7 +171,7 @@ def _fields(leaf: Signal | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if isinstance(leaf, Tensor):
         value = leaf.detach() if not leaf.requires_grad else leaf
         return value, torch.zeros_like(value), value, torch.zeros_like(value)
-    origin = leaf.origin
+    origin = leaf.origin and leaf.origin.plain()
     return (leaf.mean, leaf.var, *((leaf.mean, leaf.var) if origin is None else (origin.mean, origin.var)))
 
 
@@ -200,11 +221,11 @@ def _plan(call: Call, compact: list[torch.Size]) -> tuple[list[tuple[Any, ...]],
             full = [size if i == at or varies[i] else 1 for i, size in enumerate(full)]
         return labels.expand(full).contiguous()
 
-    labelled = replace(call.arguments, label)
+    labelled = nodes.replace(call.arguments, label)
     output = execute(call.node, labelled)
-    full = execute(call.node, replace(call.arguments, _shape_only))
     if isinstance(output, Tensor):
-        return [_compressed(output, tuple(full.shape))], True, compact
+        return [_compressed(output, call.shape)], True, compact
+    full = execute(call.node, nodes.replace(call.arguments, _shape_only))
     return [_compressed(part, tuple(whole.shape)) for part, whole in zip(output, full, strict=True)], False, compact
 
 
@@ -231,7 +252,8 @@ def _gather(output: tuple[Any, ...], flat: list[Tensor], sources: list[Any], rep
             torch.where(literal, value.to(field) if position % 2 == 0 else 0.0, field)
             for position, (field, value) in enumerate(zip(fields, [numbers] * 4, strict=True))
         ]
-    functions = [s.origin.function if s.origin else None for s in sources if isinstance(s, Signal)]
+    origins = [s.origin and s.origin.plain() for s in sources if isinstance(s, Signal)]
+    functions = [origin.function if origin else None for origin in origins]
     alike = len(functions) == len(sources) and numbers is None and all(part == functions[0] for part in functions)
     origin = Origin(None, fields[2], fields[3], functions[0]) if alike and functions[0] is not None else None
     repeat = max(repeat, repeat * _size(shape) / count) if len(sources) == 1 else repeat

@@ -7,43 +7,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normprop.graph.expression import Expression, increasing
+from normprop.graph.expression import increasing
 from normprop.graph.node import execute
-from normprop.graph.rules.arithmetic import independent
+from normprop.graph.rules.arithmetic import distinct
+from normprop.graph.rules.extremes import greatest
 from normprop.graph.rules.linear import as_list
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Origin, Signal
-from normprop.moments import Moments
-from normprop.moments import pool as pools
 
 
-def _window(call: Call, x: Signal) -> tuple[float, float]:
-    """Values per window and stride, over all pooled axes."""
+def _counts(call: Call, x: Signal, shape: tuple[int, ...]) -> Tensor:
+    """How many values stand in the window of every output position; padding and ceil mode leave some with fewer."""
     kernel = call.get("kernel_size")
-    if kernel is None:  # adaptive
-        sizes = call["output_size"]
-        sizes = [sizes] if isinstance(sizes, int) else [*sizes]
-        inner = x.shape[-len(sizes) :]
-        pairs = [(size, size if target is None else target) for size, target in zip(inner, sizes, strict=True)]
-        window = math.prod(max(1.0, size / target) for size, target in pairs)
-        return window, math.prod(size / target for size, target in pairs)
-    dims = {"1": 1, "2": 2, "3": 3}[next(c for c in call.node.op if c.isdigit())]
-    stride = call.get("stride") or kernel
-    return _inside(call, x, as_list(kernel, dims), as_list(stride, dims)), math.prod(as_list(stride, dims))
+    if kernel is None:
+        sizes = as_list(call["output_size"], _dims(call))
+        axes = []
+        for size, target in zip(x.shape[-len(sizes) :], sizes, strict=True):
+            bins = size if target is None else target
+            index = torch.arange(bins)
+            axes.append(((index + 1) * size + bins - 1) // bins - index * size // bins)
+    else:
+        dims = _dims(call)
+        settings = [as_list(call.get(name, default), dims) for name, default in (("padding", 0), ("dilation", 1))]
+        steps = as_list(call.get("stride") or kernel, dims)
+        axes = []
+        for axis, (taps, step, pad, gap) in enumerate(zip(as_list(kernel, dims), steps, *settings, strict=True)):
+            at = torch.arange(shape[axis - dims])[:, None] * step - pad + torch.arange(taps) * gap
+            axes.append(((at >= 0) & (at < x.shape[axis - dims])).sum(1))
+    count = torch.ones(())
+    for inside in axes:
+        count = count.unsqueeze(-1) * inside
+    return count
 
 
-def _inside(call: Call, x: Signal, kernel: list[int], stride: list[int]) -> float:
-    """Mean number of values in a window; padding and ceil mode leave some windows with fewer."""
-    padding, dilation = as_list(call.get("padding", 0), len(kernel)), as_list(call.get("dilation", 1), len(kernel))
-    if "inside" not in call.memory:
-        shape = call.shape if call.node.shape is not None else _pooled(call, x)
-        count = 1.0
-        for axis, (taps, step, pad, gap) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
-            at = torch.arange(shape[axis - len(kernel)])[:, None] * step - pad + torch.arange(taps) * gap
-            count *= float(((at >= 0) & (at < x.shape[axis - len(kernel)])).sum(1).float().mean())
-        call.memory["inside"] = count
-    result: float = call.memory["inside"]
-    return result
+def _dims(call: Call) -> int:
+    """Number of pooled axes, from the operator's name."""
+    return int(next(character for character in call.node.op if character.isdigit()))
+
+
+def _stride(call: Call, x: Signal, shape: tuple[int, ...]) -> float:
+    """Positions of the input per position of the output."""
+    dims = _dims(call)
+    return math.prod(x.shape[-dims:]) / max(math.prod(shape[-dims:]), 1)
 
 
 @rule(
@@ -57,15 +62,20 @@ def _inside(call: Call, x: Signal, kernel: list[int], stride: list[int]) -> floa
     "_adaptive_avg_pool3d",
 )
 def average(call: Call) -> Signal:
-    """Average pools; counted zeros of the padding lower the mean by their share."""
+    """Average pools: var / n, averaged over positions; counted zeros of the padding lower mean and variance there."""
     x = next(iter(call.arguments.values()))
-    window, stride = _window(call, x)
-    inside, squares = _counted(call, x)
-    count = independent(window, x.repeat)
+    if "weights" not in call.memory:
+        counts = _counts(call, x, call.shape)
+        name = next(iter(call.arguments))
+        ones = torch.ones(1, 1, *x.shape[-_dims(call) :])
+        sums = execute(call.node, {**call.arguments, name: ones})[0, 0]
+        free = 1.0 + (counts - 1) / x.repeat
+        call.memory["weights"] = [float(part.mean()) for part in (sums, sums.square() / free, sums.square(), free)]
+    inside, lowered, squares, free = call.memory["weights"]
     mean, var = _positions(x, call)
     spread = mean.square() * (squares - inside**2)
-    repeat = max(1.0, x.repeat / stride * count)
-    return Signal(mean * inside, var / count * squares + spread, call.shape, repeat=repeat)
+    repeat = max(1.0, x.repeat / _stride(call, x, call.shape) * free)
+    return Signal(mean * inside, var * lowered + spread, call.shape, repeat=repeat)
 
 
 def _positions(x: Signal, call: Call) -> tuple[Tensor, Tensor]:
@@ -76,21 +86,6 @@ def _positions(x: Signal, call: Call) -> tuple[Tensor, Tensor]:
         return mean, var
     average = mean.mean(axes, keepdim=True)
     return average, var.mean(axes, keepdim=True) + (mean - average).square().mean(axes, keepdim=True)
-
-
-def _counted(call: Call, x: Signal) -> tuple[float, float]:
-    """Mean and mean square, over positions, of the sum of a window's weights on a constant input of ones."""
-    if "counted" not in call.memory:
-        value = (1.0, 1.0)
-        if call.get("padding") and any(call["padding"] if not isinstance(call["padding"], int) else [call["padding"]]):
-            dims = int(next(c for c in call.node.op if c.isdigit()))
-            name = next(iter(call.arguments))
-            ones = torch.ones(1, 1, *x.shape[-dims:])
-            output = execute(call.node, {**call.arguments, name: ones})
-            value = (float(output.mean()), float(output.square().mean()))
-        call.memory["counted"] = value
-    result: tuple[float, float] = call.memory["counted"]
-    return result
 
 
 @rule(
@@ -105,13 +100,15 @@ def _counted(call: Call, x: Signal) -> tuple[float, float]:
     "adaptive_max_pool3d",
 )
 def maximum(call: Call) -> Any:
-    """Max pools: an increasing function of the largest Gaussian, itself taken as Gaussian."""
+    """Max pools: the largest of n independent values; for what follows, an increasing function of a Gaussian."""
     x = next(iter(call.arguments.values()))
-    window, stride = _window(call, x)
-    result = largest(x, window, call.shape if call.node.shape is not None else _pooled(call, x))
-    repeat = max(1.0, x.repeat * independent(window, x.repeat) / stride)
-    result = dataclasses.replace(result, repeat=repeat)
-    return (result, None) if call.node.shape is None else result
+    shape = call.shape if call.node.shape is not None else _pooled(call, x)
+    if "count" not in call.memory:
+        call.memory["count"] = float(_counts(call, x, shape).float().mean())
+    count = distinct(call.memory["count"], x.repeat)
+    repeat = max(1.0, x.repeat * count / _stride(call, x, shape))
+    result = dataclasses.replace(largest(x, count, shape, call.memory), repeat=repeat)
+    return result if call.node.shape is not None else (result, torch.zeros(shape, dtype=torch.long))
 
 
 def _pooled(call: Call, x: Signal) -> tuple[int, ...]:
@@ -121,20 +118,20 @@ def _pooled(call: Call, x: Signal) -> tuple[int, ...]:
     return tuple(output[0].shape)
 
 
-def largest(x: Signal, count: float, shape: tuple[int, ...]) -> Signal:
-    """The signal of the largest of ``count`` neighbours."""
-    number = max(1, round(independent(count, x.repeat)))
-    base = x.base()
-    if not increasing(base.function):
-        base = Origin(None, x.mean, x.var, Expression())
-    unit = pools.max_pool(number, Moments(0.0, 1.0))
-    std = base.var.clamp_min(1e-30).sqrt()
-    mean, var = torch.broadcast_tensors(base.mean + std * unit.mean, base.var * unit.var)
-    axes = [axis for axis in range(len(shape)) if x.shape[axis] != shape[axis] and axis > 0 and mean.shape[axis] > 1]
-    if axes:
-        mean, var = mean.mean(axes, keepdim=True), var.mean(axes, keepdim=True)
-    origin = Origin(None, mean, var, base.function)
-    return Signal(mean, var, shape).through(base.function, origin)
+def largest(x: Signal, count: float, shape: tuple[int, ...], memory: dict[str, Any]) -> Signal:
+    """The signal of the largest of ``count`` independent neighbours."""
+    axes = [axis for axis in range(len(shape)) if x.shape[axis] != shape[axis] and axis > 0]
+    mean, var = greatest(x, count, axes)
+    result = Signal(mean, var, shape)
+    base = x.base().plain()
+    if base is None or base.function.args is None:
+        return result
+    if "increasing" not in memory:
+        memory["increasing"] = increasing(base.function)
+    if not memory["increasing"]:
+        return result
+    middle, spread = greatest(dataclasses.replace(x, mean=base.mean, var=base.var, origin=None), count, axes)
+    return dataclasses.replace(result, origin=Origin(None, middle, spread, base.function))
 
 
 @rule(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from normprop.graph.expression import Expression
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Signal
 from normprop.moments import Moments
@@ -37,8 +38,10 @@ def filled(call: Call) -> Signal:
     return Signal.of(float(value), 0.0, call.shape)
 
 
-@rule("rand_like", "randn_like")
+@rule("rand_like", "randn_like", "rand", "randn")
 def noise(call: Call) -> Signal:
-    """Uniform or Gaussian noise."""
-    mean, var = (0.5, 1 / 12) if call.node.op == "rand_like" else (0.0, 1.0)
-    return Signal.of(mean, var, call.shape)
+    """Gaussian noise, or uniform noise as the distribution function of Gaussian noise."""
+    normal = Signal.of(0.0, 1.0, call.shape).made_by(call.node.index)
+    if "randn" in call.node.op:
+        return normal
+    return normal.through(Expression("aten.special_ndtr.default", {"self": Expression()}))

@@ -122,7 +122,12 @@ def operator_rule(name: str) -> Rule | None:
 
 def module_rule(module: nn.Module) -> Rule | None:
     """The rule of a module: that of its class, or of the nearest base class whose ``forward`` it still has."""
-    for base in type(module).__mro__:
+    return module_rule_of(type(module))
+
+
+def module_rule_of(kind: type[nn.Module]) -> Rule | None:
+    """The rule of a class of modules, see :func:`module_rule`."""
+    for base in kind.__mro__:
         if base in _MODULES:
             return _MODULES[base]
         if "forward" in vars(base) and base not in _MODULES:

@@ -1,0 +1,179 @@
+"""Convert every published model with batch norm that the installed libraries offer, and write what came of it.
+
+    python -m tests.graph.coverage > docs/coverage.md
+
+Options: ``--workers N`` processes (2), ``--at-most N`` million parameters (400), ``--only TEXT`` in the name.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+import normprop
+from normprop.graph.plan import Plan
+from tests.graph.families import Case, look_trained
+from tests.graph.real_models import RealModel, build, survey
+
+
+@dataclass
+class Row:
+    """What came of one model; a field is an error's text where it failed."""
+
+    library: str
+    name: str
+    parameters: int
+    sites: str = ""
+    deviation: str = ""
+    step: str = ""
+    exact: str = ""
+    seconds: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return any(text.startswith("✗") for text in (self.sites, self.deviation, self.step, self.exact))
+
+
+def examine(library: str, name: str, parameters: int) -> Row:
+    """Convert one model, train a step at batch size 1, compare deviations, convert it exactly."""
+    torch.set_num_threads(1)
+    row = Row(library, name, parameters)
+    case = build(library, name)
+    try:
+        start = time.perf_counter()
+        plan = normprop.analyze(case.model, case.args)
+        net = plan.apply()
+        row.seconds = f"{time.perf_counter() - start:.1f}"
+    except normprop.NormPropError as error:
+        row.sites = f"✗ {error}"
+        return row
+    counts = plan.report.counts
+    row.sites = " + ".join(str(counts.get(action, 0)) for action in ("absorbed", "predicted"))
+    row.sites += "".join(f", {count} {action}" for action, count in counts.items() if action in ("kept", "cannot"))
+    row.deviation = _deviation(plan, net, case)
+    row.step = _step(net, case)
+    del net, plan
+    try:
+        look_trained(case.model, torch.Generator().manual_seed(0))
+        plan = normprop.analyze(case.model, case.args, weights="exact")
+        plan.apply()
+        row.exact = f"{plan.report.difference:.0e}"
+    except normprop.NormPropError as error:
+        row.exact = f"✗ {error}"
+    return row
+
+
+def _deviation(plan: Plan, net: torch.nn.Module, case: Case) -> str:
+    """Largest ratio, over normalisers, of measured and predicted deviation on fresh noise; up or down."""
+    seen: dict[str, Tensor] = {}
+    for site in plan.sites:
+        net.get_submodule(site.path).register_forward_hook(
+            lambda module, args, output, path=site.path: seen.setdefault(path, output.detach().clone()) is None or None
+        )
+    generator = torch.Generator().manual_seed(1)
+    repeats = max(1, 32 // case.args[0].shape[0])
+    noise = [torch.cat([torch.randn(x.shape, generator=generator) for _ in range(repeats)]) for x in case.args]
+    with torch.no_grad():
+        net.train()(*noise)
+    worst = 1.0
+    for site in plan.sites:
+        if len(site.places) > 1 or site.places[0].tail:
+            continue
+        power = 1.0 if site.weight is None else float(site.weight.detach().double().square().mean())
+        if power > 0.0:
+            rows = seen[site.path].double().transpose(0, 1).flatten(1)
+            ratio = (float(rows.var(1, correction=0).mean()) / power) ** 0.5
+            worst = max(worst, ratio, 1 / ratio if ratio > 0 else float("inf"))
+    for site in plan.sites:
+        net.get_submodule(site.path)._forward_hooks.clear()
+    return f"{worst:.2f}" if worst < 1.5 else f"✗ {worst:.2f}"
+
+
+def _step(net: torch.nn.Module, case: Case) -> str:
+    """Loss and gradients of one sample."""
+    output = net.train()(*(x[:1] for x in case.args))
+    parts = [part for part in torch.utils._pytree.tree_leaves(output) if isinstance(part, Tensor)]
+    loss = sum(part.square().mean() for part in parts if part.is_floating_point())
+    loss.backward()
+    finite = all(bool(torch.isfinite(p.grad).all()) for p in net.parameters() if p.grad is not None)
+    return "✓" if finite and bool(torch.isfinite(loss)) else "✗ not finite"
+
+
+def page(rows: list[Row], left_out: dict[str, str], too_large: list[RealModel]) -> str:
+    """The Markdown page."""
+    libraries = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(r.library for r in rows)
+    )
+    good = sum(not row.failed for row in rows)
+    lines = [
+        "# Which published models convert",
+        "",
+        f"{good} of {len(rows)} models with batch norm of {libraries} pass all of this, on torch {torch.__version__}: "
+        "`normprop.convert(model, x)` leaves no batch norm that is called; a training step at batch size 1 has finite "
+        "loss and gradients; on fresh Gaussian noise every normalised output has the predicted deviation within a "
+        'factor 1.5 (root mean square over channels); and with plausible running statistics `weights="exact"` keeps '
+        "the function in evaluation, compared in float64.",
+        "",
+        "Written by `python -m tests.graph.coverage > docs/coverage.md`; nothing is chosen by hand: the models are those "
+        "that the libraries list, with weights as drawn by their constructors and the smallest input that each accepts.",
+        "",
+        "- *Sites*: batch norms absorbed by the layer before + replaced by a predicted norm.",
+        "- *Deviation*: the worst ratio of measured to predicted deviation over all sites.",
+        "- *Exact*: largest difference in evaluation, relative to the largest output.",
+        "- *Seconds*: a fresh conversion, one thread, beside another process.",
+        "",
+        "| library | model | parameters | sites | deviation | batch 1 | exact | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [row.library, f"`{row.name}`", f"{row.parameters / 1e6:.1f} M", row.sites, row.deviation, row.step,
+                 row.exact, row.seconds]  # fmt: skip
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if too_large:
+        names = ", ".join(f"`{model.name}` ({model.parameters / 1e6:.0f} M)" for model in too_large)
+        lines += ["", f"Not run here, for memory: {names}."]
+    if left_out:
+        lines += ["", "Could not be built here:", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run all models and print the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--at-most", type=float, default=400.0)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    found = survey()
+    chosen = [model for model in found.models if options.only in model.name]
+    small = [model for model in chosen if model.parameters <= options.at_most * 1e6]
+    rows: dict[tuple[str, str], Row] = {}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=6) as pool:
+        jobs = {pool.submit(examine, model.library, model.name, model.parameters): model for model in small}
+        for job in as_completed(jobs):
+            model = jobs[job]
+            try:
+                rows[model.library, model.name] = job.result()
+            except Exception as error:  # a model that breaks in another way is a result too
+                first = (str(error).strip().splitlines() or [""])[0]
+                rows[model.library, model.name] = Row(
+                    model.library, model.name, model.parameters, f"✗ {type(error).__name__}: {first}"
+                )
+            row = rows[model.library, model.name]
+            print(f"{len(rows)}/{len(small)} {row}", file=sys.stderr, flush=True)
+    ordered = [rows[model.library, model.name] for model in small]
+    print(page(ordered, found.left_out, [model for model in chosen if model not in small]), end="")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
