@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from normprop import functional, graph, models, moments, nn, norms, recipes
 from normprop.errors import NormPropError
-from normprop.graph import analyze, batch_dependence, convert
+from normprop.graph import analyze, batch_dependence, convert, fold, inspect
 
 __version__ = version("normprop")
 __all__ = [
@@ -16,8 +16,10 @@ __all__ = [
     "analyze",
     "batch_dependence",
     "convert",
+    "fold",
     "functional",
     "graph",
+    "inspect",
     "models",
     "moments",
     "nn",

@@ -273,6 +273,17 @@ def test_bad_options():
         normprop.convert(model, torch.zeros(2, 5, 4, 4))
 
 
+def test_a_normaliser_that_stands_in_two_places_is_one():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(4, 4, 1)))
+    model[1].append(model[0][1])
+    look_trained(model, torch.Generator().manual_seed(0))
+    plan = normprop.analyze(model, torch.randn(2, 3, 4, 4), weights="exact")
+    assert [(site.path, len(site.places)) for site in plan.sites] == [("0.1", 2)]
+    net = plan.apply()
+    assert net[0][1] is net[1][1]
+    assert isinstance(net[0][1], PredictedNorm)
+
+
 def test_batch_of_one_and_keyword_arguments():
     class Named(nn.Module):
         def __init__(self) -> None:

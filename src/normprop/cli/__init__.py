@@ -1,4 +1,4 @@
-"""The command line: `normprop train`, `normprop compare`, `normprop report`."""
+"""The command line: `normprop train`, `compare`, `report`, `methods`, `inspect`, `convert` and `fold`."""
 
 import signal
 import sys

@@ -10,13 +10,16 @@ with requires("cli"):
     import typer
 
 from normprop.cli.compare import compare
+from normprop.cli.convert import convert
+from normprop.cli.fold import fold
+from normprop.cli.inspect import inspect
 from normprop.cli.methods import methods
 from normprop.cli.report import report
 from normprop.cli.train import train
 
 app = typer.Typer(
     name="normprop",
-    help="Normalization Propagation and other normalisers: train one network, or compare methods on real data.",
+    help="Normalization Propagation and other normalisers: train, compare, and convert networks of your own.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -24,6 +27,9 @@ app.command()(train)
 app.command()(compare)
 app.command()(report)
 app.command()(methods)
+app.command()(inspect)
+app.command()(convert)
+app.command()(fold)
 
 
 def _version(show: bool) -> None:

@@ -184,7 +184,7 @@ def _scopes(stack: Mapping[str, Any]) -> tuple[Scope, ...]:
     scopes = []
     for key, (path, _) in stack.items():
         call = re.search(r"@(\d+)$", key)
-        scopes.append(Scope(path.split("@")[0], int(call[1]) if call else 0))
+        scopes.append(Scope(re.sub(r"@\d+$", "", path), int(call[1]) if call else 0))
     return tuple(scopes) or (Scope(""),)
 
 

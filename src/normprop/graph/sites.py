@@ -103,6 +103,12 @@ def find(graph: Graph) -> list[Site]:
     return sorted(sites.values(), key=lambda site: site.places[0].output if site.places else 0)
 
 
+def _first_path(graph: Graph, path: str) -> str:
+    """The first of the paths under which a module stands in the network."""
+    module = graph.model.get_submodule(path)
+    return next(name for name, other in graph.model.named_modules() if other is module)
+
+
 def _tensor(graph: Graph, node: Node, name: str) -> Tensor | None:
     value = node.args.get(name)
     if isinstance(value, State):
@@ -113,12 +119,11 @@ def _tensor(graph: Graph, node: Node, name: str) -> Tensor | None:
 def _batch_norm(graph: Graph, node: Node, sites: dict[str, Site]) -> None:
     """Add one call of a batch norm operator."""
     scope = node.scopes[-1]
+    path = _first_path(graph, scope.path)
     weight, bias, mean, var = (_tensor(graph, node, name) for name in _OPERANDS)
     shape = graph.nodes[node.inputs[0]].shape or ()
-    site = Site(
-        scope.path, "batch norm", shape[1], float(node.args["eps"]), weight, bias, mean, var, source=node.source
-    )
-    known = sites.setdefault(scope.path, site)
+    site = Site(path, "batch norm", shape[1], float(node.args["eps"]), weight, bias, mean, var, source=node.source)
+    known = sites.setdefault(path, site)
     output = node.index
     if node.shape is None:  # the operator returns its statistics as well
         output = next(reader.index for reader in graph.readers(node.index) if reader.args["1"] == 0)
@@ -133,7 +138,8 @@ def _obstacle(graph: Graph, node: Node, output: int, members: list[int]) -> str:
     where = f" at {node.source}" if node.source else ""
     if node.scopes[-1].path == "" and not isinstance(graph.model, nn.modules.batchnorm._NormBase):
         return f"batch_norm is called as a function in the model's own forward{where}; give it a module of its own"
-    if any(state.path != node.path for state in states):
+    module = graph.model.get_submodule(node.path)
+    if any(getattr(module, state.name, None) is not graph.state(state) for state in states):
         return f"its parameters belong to another module{where}"
     if enters(graph, members) != [node.inputs[0]]:
         return f"the module does more than normalise before its batch norm{where}; give batch norm a module of its own"

@@ -52,7 +52,7 @@ INPUT_GAIN = math.sqrt(1.0 - RECURRENT_GAIN**2)
 """Initial gain of the input part: the squares add up to 1, so that every gate has variance 1."""
 
 _SIGMOID, _TANH = resolve("sigmoid"), resolve("tanh")
-_TANH_POWER = float(_TANH.moments(0.0, 1.0).second)
+_TANH_POWER = float(_TANH.moments(0.0, 1.0, derivative=False).second)
 
 
 class CellConstants(NamedTuple):
