@@ -2,17 +2,20 @@
 
     python -m tests.graph.coverage > docs/coverage.md
 
-Options: ``--workers N`` processes (2), ``--at-most N`` million parameters (400), ``--only TEXT`` in the name.
+Options: ``--workers N`` processes (2), ``--at-most N`` million parameters (400), ``--only TEXT`` in the name,
+``--rows FILE`` keeps what is known, a JSON line per model, so that a run can go on where it was interrupted.
 """
 
 import argparse
 import importlib.metadata
+import json
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ class Row:
     library: str
     name: str
     parameters: int
+    input: str = ""
     sites: str = ""
     deviation: str = ""
     step: str = ""
@@ -47,19 +51,15 @@ def examine(library: str, name: str, parameters: int) -> Row:
     row = Row(library, name, parameters)
     case = build(library, name)
     try:
-        start = time.perf_counter()
-        plan = normprop.analyze(case.model, case.args)
-        net = plan.apply()
-        row.seconds = f"{time.perf_counter() - start:.1f}"
+        net = _fresh(row, case)
+        if row.deviation.startswith("✗"):  # tiny maps leave a deep network few positions to average over
+            larger = tuple(torch.randn(*x.shape[:2], *(2 * side for side in x.shape[2:])) for x in case.args)
+            net = _fresh(row, Case(build(library, name).model, larger))
     except normprop.NormPropError as error:
         row.sites = f"✗ {error}"
         return row
-    counts = plan.report.counts
-    row.sites = " + ".join(str(counts.get(action, 0)) for action in ("absorbed", "predicted"))
-    row.sites += "".join(f", {count} {action}" for action, count in counts.items() if action in ("kept", "cannot"))
-    row.deviation = _deviation(plan, net, case)
     row.step = _step(net, case)
-    del net, plan
+    del net
     try:
         look_trained(case.model, torch.Generator().manual_seed(0))
         plan = normprop.analyze(case.model, case.args, weights="exact")
@@ -70,6 +70,20 @@ def examine(library: str, name: str, parameters: int) -> Row:
     return row
 
 
+def _fresh(row: Row, case: Case) -> torch.nn.Module:
+    """Convert a model to train it from scratch, and write what came of it into the row."""
+    start = time.perf_counter()
+    plan = normprop.analyze(case.model, case.args)
+    net = plan.apply()
+    row.seconds = f"{time.perf_counter() - start:.1f}"
+    row.input = "×".join(str(side) for side in case.args[0].shape[2:])
+    counts = plan.report.counts
+    row.sites = " + ".join(str(counts.get(action, 0)) for action in ("absorbed", "predicted"))
+    row.sites += "".join(f", {count} {action}" for action, count in counts.items() if action in ("kept", "cannot"))
+    row.deviation = _deviation(plan, net, case)
+    return net
+
+
 def _deviation(plan: Plan, net: torch.nn.Module, case: Case) -> str:
     """Largest ratio, over normalisers, of measured and predicted deviation on fresh noise; up or down."""
     seen: dict[str, Tensor] = {}
@@ -78,7 +92,7 @@ def _deviation(plan: Plan, net: torch.nn.Module, case: Case) -> str:
             lambda module, args, output, path=site.path: seen.setdefault(path, output.detach().clone()) is None or None
         )
     generator = torch.Generator().manual_seed(1)
-    repeats = max(1, 32 // case.args[0].shape[0])
+    repeats = max(1, min(2**19 // case.args[0].numel(), 16))
     noise = [torch.cat([torch.randn(x.shape, generator=generator) for _ in range(repeats)]) for x in case.args]
     with torch.no_grad():
         net.train()(*noise)
@@ -121,20 +135,23 @@ def page(rows: list[Row], left_out: dict[str, str], too_large: list[RealModel]) 
         'factor 1.5 (root mean square over channels); and with plausible running statistics `weights="exact"` keeps '
         "the function in evaluation, compared in float64.",
         "",
-        "Written by `python -m tests.graph.coverage > docs/coverage.md`; nothing is chosen by hand: the models are those "
-        "that the libraries list, with weights as drawn by their constructors and the smallest input that each accepts.",
+        "Written by `python -m tests.graph.coverage > docs/coverage.md`; nothing is chosen by hand: the models are "
+        "those that the libraries list, with weights as drawn by their constructors.",
         "",
+        "- *Input*: its sides; the smallest that the model accepts, or twice that where the deviation was off, as on "
+        "maps of 2 x 2 a very deep network has few positions to average over.",
         "- *Sites*: batch norms absorbed by the layer before + replaced by a predicted norm.",
         "- *Deviation*: the worst ratio of measured to predicted deviation over all sites.",
         "- *Exact*: largest difference in evaluation, relative to the largest output.",
         "- *Seconds*: a fresh conversion, one thread, beside another process.",
         "",
-        "| library | model | parameters | sites | deviation | batch 1 | exact | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| library | model | parameters | input | sites | deviation | batch 1 | exact | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        cells = [row.library, f"`{row.name}`", f"{row.parameters / 1e6:.1f} M", row.sites, row.deviation, row.step,
-                 row.exact, row.seconds]  # fmt: skip
+        size = f"{row.parameters / 1e6:.1f} M"
+        outcome = [row.sites, row.deviation, row.step, row.exact, row.seconds]
+        cells = [row.library, f"`{row.name}`", size, row.input, *outcome]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if too_large:
         names = ", ".join(f"`{model.name}` ({model.parameters / 1e6:.0f} M)" for model in too_large)
@@ -151,14 +168,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--at-most", type=float, default=400.0)
     parser.add_argument("--only", default="")
+    parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
     found = survey()
     chosen = [model for model in found.models if options.only in model.name]
+    chosen.sort(key=lambda model: model.parameters)
     small = [model for model in chosen if model.parameters <= options.at_most * 1e6]
-    rows: dict[tuple[str, str], Row] = {}
+    known = options.rows.read_text().splitlines() if options.rows and options.rows.exists() else []
+    rows = {(row.library, row.name): row for row in (Row(**json.loads(line)) for line in known)}
     context = get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=6) as pool:
-        jobs = {pool.submit(examine, model.library, model.name, model.parameters): model for model in small}
+        jobs = {
+            pool.submit(examine, model.library, model.name, model.parameters): model
+            for model in small
+            if (model.library, model.name) not in rows
+        }
         for job in as_completed(jobs):
             model = jobs[job]
             try:
@@ -170,7 +194,10 @@ def main() -> None:
                 )
             row = rows[model.library, model.name]
             print(f"{len(rows)}/{len(small)} {row}", file=sys.stderr, flush=True)
-    ordered = [rows[model.library, model.name] for model in small]
+            if options.rows:
+                with options.rows.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+    ordered = sorted((rows[model.library, model.name] for model in small), key=lambda row: (row.library, row.name))
     print(page(ordered, found.left_out, [model for model in chosen if model not in small]), end="")
 
 

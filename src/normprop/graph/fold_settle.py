@@ -1,6 +1,7 @@
 """The end of folding: every affine map and floor that no layer has taken up becomes one plain operation."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -8,8 +9,10 @@ from torch import fx, nn
 from normprop.errors import ConversionError
 from normprop.graph.fold_flow import Flow
 from normprop.graph.fold_merge import put
-from normprop.graph.fold_parts import Affine, Part, settled
+from normprop.graph.fold_parts import Affine, Floor, Part, settled
 from normprop.graph.fold_rewrite import called
+
+_SUMS = (operator.add, torch.add)
 
 
 def settle(model: nn.Module, flow: Flow, made: set[int]) -> nn.Module:
@@ -26,9 +29,9 @@ def settle(model: nn.Module, flow: Flow, made: set[int]) -> nn.Module:
     Raises:
         ConversionError: if where the channels lie cannot be known without an example input.
     """
-    for path, module in [*model.named_modules()]:
-        if isinstance(module, fx.GraphModule):
-            _fuse(module, path, flow)
+    graphs = [part for part in model.named_modules() if isinstance(part[1], fx.GraphModule) and id(part[1]) in made]
+    for path, module in graphs:
+        _fuse(module, path, flow)
     for path, part in [*model.named_modules()]:
         if isinstance(part, Part):
             plain = settled(part, flow.axes(path))
@@ -40,9 +43,8 @@ def settle(model: nn.Module, flow: Flow, made: set[int]) -> nn.Module:
             if not path:
                 return plain
             put(model, path, plain)
-    for module in [*model.modules()]:
-        if isinstance(module, fx.GraphModule):
-            _tidy(module)
+    for _, module in graphs:
+        _tidy(module)
     for path, chain in [*model.named_modules()][::-1]:
         if id(chain) in made and type(chain) is nn.Sequential:
             if not path:
@@ -51,10 +53,10 @@ def settle(model: nn.Module, flow: Flow, made: set[int]) -> nn.Module:
     return model
 
 
-def _fuse(module: fx.GraphModule, path: str, flow: Flow) -> None:
-    """Let a sum scale one of its terms, in the same pass."""
+def _fuse(module: Any, path: str, flow: Flow) -> None:
+    """Let a sum scale one of its terms in the same pass, and what follows it overwrite it."""
     for node in [*module.graph.nodes]:
-        if node.op != "call_function" or node.target not in (operator.add, torch.add) or len(node.args) != 2:
+        if node.op != "call_function" or node.target not in _SUMS or len(node.args) != 2:
             continue
         for term, other in (node.args, node.args[::-1]):
             part = called(module, term)
@@ -72,10 +74,14 @@ def _fuse(module: fx.GraphModule, path: str, flow: Flow) -> None:
             module.graph.erase_node(node)
             module.graph.erase_node(term)
             break
+    for node in module.graph.nodes:
+        floor, source = called(module, node), node.args[0] if node.args else None
+        if isinstance(floor, Floor) and source.op == "call_function" and len(source.users) == 1:
+            floor.inplace = floor.inplace or source.target in (*_SUMS, torch.addcmul)  # a new tensor, no one else's
     module.delete_all_unused_submodules()
 
 
-def _tidy(module: fx.GraphModule) -> None:
+def _tidy(module: Any) -> None:
     """Drop modules that do nothing from a graph."""
     for node in [*module.graph.nodes]:
         if isinstance(called(module, node), nn.Identity):
