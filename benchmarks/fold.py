@@ -16,8 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from normprop import models
-from normprop.graph.fold import fold
+from normprop import fold, models
 
 
 def times(networks: Mapping[str, nn.Module], images: Tensor, seconds: float) -> dict[str, list[float]]:

@@ -12,7 +12,6 @@ import json
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,6 +67,15 @@ def examine(library: str, name: str, parameters: int) -> Row:
     except normprop.NormPropError as error:
         row.exact = f"✗ {error}"
     return row
+
+
+def _attempt(job: tuple[str, str, int]) -> Row:
+    """Examine a model; one that breaks in another way than by an error of ours is a result too."""
+    try:
+        return examine(*job)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Row(*job, sites=f"✗ {type(error).__name__}: {first}")
 
 
 def _fresh(row: Row, case: Case) -> torch.nn.Module:
@@ -176,23 +184,11 @@ def main() -> None:
     small = [model for model in chosen if model.parameters <= options.at_most * 1e6]
     known = options.rows.read_text().splitlines() if options.rows and options.rows.exists() else []
     rows = {(row.library, row.name): row for row in (Row(**json.loads(line)) for line in known)}
-    context = get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=6) as pool:
-        jobs = {
-            pool.submit(examine, model.library, model.name, model.parameters): model
-            for model in small
-            if (model.library, model.name) not in rows
-        }
-        for job in as_completed(jobs):
-            model = jobs[job]
-            try:
-                rows[model.library, model.name] = job.result()
-            except Exception as error:  # a model that breaks in another way is a result too
-                first = (str(error).strip().splitlines() or [""])[0]
-                rows[model.library, model.name] = Row(
-                    model.library, model.name, model.parameters, f"✗ {type(error).__name__}: {first}"
-                )
-            row = rows[model.library, model.name]
+    waiting = [model for model in small if (model.library, model.name) not in rows]
+    with get_context("spawn").Pool(options.workers, maxtasksperchild=6) as pool:
+        jobs = [(model.library, model.name, model.parameters) for model in waiting]
+        for row in pool.imap_unordered(_attempt, jobs):
+            rows[row.library, row.name] = row
             print(f"{len(rows)}/{len(small)} {row}", file=sys.stderr, flush=True)
             if options.rows:
                 with options.rows.open("a") as file:

@@ -114,3 +114,26 @@ def test_other_devices_are_followed():
     held = [tensor for module in net.modules() if getattr(module, "source", None) for tensor in module.source.held]
     assert held
     assert {tensor.device.type for tensor in held} == {"meta"}
+
+
+def _step(rank: int, file: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    net, x = converted("resnet_v1_basic")
+    parallel = nn.parallel.DistributedDataParallel(net.double().train())
+    part = x[0].double()[4 * rank : 4 * rank + 4]
+    # two forward passes before one backward: batch norm's running statistics break this
+    (parallel(part).square().mean() + parallel(part).square().mean()).backward()
+    if rank == 0:
+        torch.save({name: parameter.grad for name, parameter in net.named_parameters()}, results)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path):
+    file, results = str(tmp_path / "meeting"), str(tmp_path / "gradients.pt")
+    torch.multiprocessing.spawn(_step, (file, results), nprocs=2)
+    found = torch.load(results, weights_only=True)
+    net, x = converted("resnet_v1_basic")
+    net.double().train()
+    (2 * net(x[0].double()).square().mean()).backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)

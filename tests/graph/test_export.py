@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normprop import models
-from normprop.graph.convert import convert
-from normprop.graph.fold import fold
+from normprop import convert, fold, models
 from tests.graph.families import FAMILIES
 
 # What torch's exporters and torchao say of torch's own code.
@@ -126,7 +124,7 @@ def test_eight_bits_cost_at_most_a_point(method):
     images, labels = data.train.images, data.train.labels
     net = models.nin(1, 10, width=0.125, norm=method)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
-    for _ in range(4):
+    for _ in range(6):
         for batch in torch.randperm(len(images)).split(32):
             optimizer.zero_grad()
             F.cross_entropy(net(images[batch]), labels[batch]).backward()

@@ -1,17 +1,16 @@
 import copy
 import io
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normprop import models, norms
+from normprop import convert, fold, models, norms
 from normprop import nn as np_nn
 from normprop.errors import ConversionError
 from normprop.graph import fold_merge
-from normprop.graph.convert import convert
-from normprop.graph.fold import fold
 from normprop.nn import PredictedNorm
 from tests.graph.families import FAMILIES, TRAPS, look_trained
 
@@ -282,7 +281,8 @@ def test_the_border_is_part_of_the_proof(monkeypatch):
 def test_a_module_whose_form_is_wrong_is_named(monkeypatch):
     right = fold_merge.scaled_outputs
     net = nn.Sequential(nn.Sequential(nn.Flatten(), stirred(np_nn.Linear(4, 3, activation="relu"))))
-    monkeypatch.setattr("normprop.graph.fold.form", lambda module, shape: right(nn.Linear(4, 3).double(), _one()))
+    module = sys.modules["normprop.graph.fold"]
+    monkeypatch.setattr(module, "form", lambda module, shape: right(nn.Linear(4, 3).double(), _one()))
     with pytest.raises(ConversionError, match=r"fold: 0\.1 \(Linear\) differs from its plain form by \d\.\de"):
         fold(net, torch.randn(2, 4))
 

@@ -38,7 +38,8 @@ def convert(model: nn.Module, x: Inputs, *, inplace: bool = False, **options: An
         weights: "fresh" to train from scratch (a network that has seen data is drawn anew), "exact" to keep a trained
             network's function in evaluation, proved on the example, "rescale" to keep its filters, gains and biases
             with predicted statistics in place of measured ones.
-        moments: "live" to predict in every forward pass from the present weights, or "fixed" to predict once.
+        moments: "live" to predict in every forward pass from the present weights, or "fixed" to predict once; what
+            depends on the input alone stays fixed.
         center: subtract each absorbed filter's mean; by default in fresh networks.
         include, exclude: which normalisers by path: a glob pattern, several, or a function of path and module.
         on_unknown: at an operator without a rule: "error", "warn", or "measure" on the example input.
@@ -62,7 +63,7 @@ def convert(model: nn.Module, x: Inputs, *, inplace: bool = False, **options: An
     Example:
         >>> net = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), torch.zeros(2, 3, 8, 8))
         >>> net[0]
-        PredictedConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), center=True, moments=live)
+        PredictedConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), center=True, moments=fixed)
     """
     return analyze(model, x, **options).apply(inplace)
 

@@ -75,7 +75,8 @@ def _fuse(module: Any, path: str, flow: Flow) -> None:
             module.graph.erase_node(term)
             break
     for node in module.graph.nodes:
-        floor, source = called(module, node), node.args[0] if node.args else None
+        floor = called(module, node)
+        source: Any = node.args[0] if node.args else None
         if isinstance(floor, Floor) and source.op == "call_function" and len(source.users) == 1:
             floor.inplace = floor.inplace or source.target in (*_SUMS, torch.addcmul)  # a new tensor, no one else's
     module.delete_all_unused_submodules()

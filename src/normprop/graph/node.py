@@ -1,5 +1,6 @@
 """What a captured network is made of: one node per call of an operator or of a module with a rule of its own."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,51 +128,64 @@ class Graph:
     _readers: list[list[int]] = field(default_factory=list)
 
     def settled(self) -> "Graph":
-        """The same graph, with every argument pointing at the node that last wrote the tensor.
+        """The same graph without writing in place: every argument is what the tensor holds by then.
 
-        Tensors that do not depend on the network's input are really overwritten when they are computed.
+        A part that is overwritten goes back into its whole by a scatter. Tensors that do not depend on the network's
+        input are really overwritten when they are computed.
 
         Raises:
-            GraphError: if a part of a tensor is overwritten and the whole is read afterwards.
+            GraphError: if a part is overwritten through a view that has no scatter, and the whole is read afterwards.
         """
+        made: list[Node] = []
+        number: dict[int, int] = {}
         holds: dict[int, int] = {}  # the node whose output a node's tensor holds by now
-        moving: set[int] = set()
-        viewed: dict[int, int] = {}  # the node that a view looks at
+        viewed: dict[int, tuple[int, Node]] = {}  # the node that a view looks at, and the view
         stale: dict[int, Node] = {}
-
-        def follow(leaf: Any) -> Any:
-            if not isinstance(leaf, Ref):
-                return leaf
-            if leaf.index in stale:
-                raise GraphError(
-                    f"{stale[leaf.index]}: it overwrites a part of a tensor that is read again as a whole; write it "
-                    f"without working in place"
-                )
-            return Ref(latest(leaf.index))
 
         def latest(index: int) -> int:
             while index in holds:
                 index = holds[index]
             return index
 
+        def follow(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return leaf
+            if number[leaf.index] in stale:
+                raise GraphError(
+                    f"{stale[number[leaf.index]]}: it overwrites a part of a tensor that is read again as a whole; "
+                    f"write it without working in place"
+                )
+            return Ref(latest(number[leaf.index]))
+
+        def append(node: Node) -> int:
+            made.append(node)
+            return node.index
+
         for node in self.nodes:
-            raw = node.inputs
-            node.args = replace(node.args, follow)
-            if node.op == "input" or moving.intersection(node.inputs):
-                moving.add(node.index)
-                node.moving = True
-            target = node.overwrites
-            if target is not None and node.index in moving:
-                holds[target] = node.index
-                base = viewed.get(raw[0])
-                while base is not None:
-                    stale[base] = node
-                    base = viewed.get(base)
-            elif node.op in _VIEWS and raw:
-                viewed[node.index] = raw[0]
-        self.outputs = [latest(index) for index in self.outputs]
-        self._readers = []
-        return self
+            new = dataclasses.replace(node, index=len(made), args=replace(node.args, follow))
+            new.moving = node.op == "input" or any(made[source].moving for source in new.inputs)
+            number[node.index] = append(new)
+            if node.op in _VIEWS and node.inputs:
+                viewed[new.index] = (number[node.inputs[0]], new)
+            if node.overwrites is None or not new.moving:
+                continue
+            part = number[node.overwrites]
+            holds[latest(part)] = source = new.index
+            while part in viewed:
+                whole, view = viewed[part]
+                if view.op not in ("slice", "select"):
+                    stale[whole] = node
+                    break
+                where = {name: value for name, value in view.args.items() if name != "self"}
+                args = {"self": Ref(latest(whole)), "src": Ref(source), **where}
+                name = f"{view.op}_scatter"
+                form: dict[str, Any] = {"op": name, "args": args, "overload": f"aten.{name}.default"}
+                form |= {"index": len(made), "inplace": False, "moving": True}
+                source = append(dataclasses.replace(made[whole], **form))
+                holds[args["self"].index] = source
+                part = whole
+        outputs = [follow(Ref(index)).index for index in self.outputs]
+        return Graph(self.model, made, outputs, self.how, self.note)
 
     def depends(self, index: int) -> bool:
         """Whether a node depends on the network's input, rather than on its state alone, as counters do."""

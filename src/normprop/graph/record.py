@@ -49,7 +49,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note
         lines = str(failure).strip().splitlines()
         where = recorder.stack[-1]
         raise GraphError(
-            f"{type(model).__name__} cannot run on the example input: {where}: {lines[0] if lines else failure!r}"
+            f"{type(model).__name__} cannot run on the example input: {where}: {lines[0] if lines else repr(failure)}"
         ) from failure
     finally:
         with torch.no_grad():
