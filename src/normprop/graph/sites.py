@@ -106,7 +106,8 @@ def find(graph: Graph) -> list[Site]:
 def _first_path(graph: Graph, path: str) -> str:
     """The first of the paths under which a module stands in the network."""
     module = graph.model.get_submodule(path)
-    return next(name for name, other in graph.model.named_modules() if other is module)
+    names: dict[nn.Module, str] = {other: name for name, other in graph.model.named_modules()}
+    return names[module]
 
 
 def _tensor(graph: Graph, node: Node, name: str) -> Tensor | None:
