@@ -9,8 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.graph.families import Case
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

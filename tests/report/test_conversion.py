@@ -127,6 +127,7 @@ def test_page_is_written_and_returned(report, tmp_path):
 
 def test_names_the_extra_that_is_missing(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "normprop.report.conversion")
+    for module in ("template", "conversion"):
+        monkeypatch.delitem(sys.modules, f"normprop.report.{module}")
     with pytest.raises(MissingExtraError, match=r"normprop\[report\]"):
         report.to_html()

@@ -144,6 +144,7 @@ def test_a_network_without_calls(tmp_path):
 
 def test_names_the_extra_that_is_missing(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "normprop.report.inspection")
+    for module in ("template", "inspection"):
+        monkeypatch.delitem(sys.modules, f"normprop.report.{module}")
     with pytest.raises(MissingExtraError, match=r"normprop\[report\]"):
         report.to_html()

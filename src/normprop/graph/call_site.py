@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from normprop.graph.measure import moments
-from normprop.graph.node import Node, Ref, execute, leaves, replace
+from normprop.graph.node import Node, Ref, leaves, replace
+from normprop.graph.operators import execute
 from normprop.graph.signal import Signal
 
 FEWEST = 64  # values from which a measured standard deviation is good to a tenth

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from normprop.errors import ConfigError, GraphError
-from normprop.graph.node import Graph, Node, Ref, Scope, State, bind, describe, replace
+from normprop.graph.node import Graph, Node, Ref, Scope, State, replace
+from normprop.graph.operators import bind, describe
 from normprop.graph.record import record
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]

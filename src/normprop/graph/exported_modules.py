@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from normprop.graph.node import bind
+from normprop.graph.operators import bind
 
 _CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
     "conv1d": nn.Conv1d,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normprop.graph.node import functional, leaves, replace
+from normprop.graph.node import leaves, replace
+from normprop.graph.operators import functional
 from normprop.moments import Moments, Rule, resolve
 from normprop.moments.quadrature import UNKNOWN, Shape
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normprop.errors import ConversionError, GraphError
+from normprop.graph.absorb import LINEAR_MAPS
 from normprop.graph.capture import Inputs, arguments, capture
 from normprop.graph.fold_check import check_guess, check_module, check_network
 from normprop.graph.fold_flow import Flow, GraphFlow, SequenceFlow
 from normprop.graph.fold_form import NoFormError, form
 from normprop.graph.fold_merge import merge
-from normprop.graph.fold_parts import LINEAR_MAPS
 from normprop.graph.fold_probe import normalises
 from normprop.graph.fold_settle import settle
 from normprop.graph.fold_trace import Shape, ours

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from normprop.graph.fold_parts import LINEAR_MAPS, Affine
-from normprop.graph.node import Graph, Node, Ref, State, execute, leaves, replace
+from normprop.graph.absorb import LINEAR_MAPS
+from normprop.graph.fold_parts import Affine
+from normprop.graph.node import Graph, Node, Ref, State, leaves, replace
+from normprop.graph.operators import execute
 
 _TOLERANCE = 1e-9
 

@@ -2,8 +2,8 @@
 
 from torch import fx, nn
 
+from normprop.graph.absorb import LINEAR_MAPS
 from normprop.graph.fold_lower import lower
-from normprop.graph.fold_parts import LINEAR_MAPS
 from normprop.graph.fold_probe import probe
 from normprop.graph.fold_rewrite import rewrite
 from normprop.graph.fold_trace import Shape, Tracer

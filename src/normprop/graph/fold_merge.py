@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.graph.absorb import LINEAR_MAPS
 from normprop.graph.fold_flow import Flow, Reader
 from normprop.graph.fold_lower import linear_map
-from normprop.graph.fold_parts import LINEAR_MAPS, Affine, Floor, Part, as_floor
+from normprop.graph.fold_parts import Affine, Floor, Part, as_floor
 
 
 def merge(model: nn.Module, flow: Flow) -> None:

@@ -6,16 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-LINEAR_MAPS: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-
 
 class Part(nn.Module):
     """What affine maps and floors share: tensors that broadcast against the input in one way.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop.graph.fold_parts import LINEAR_MAPS, Affine
+from normprop.graph.absorb import LINEAR_MAPS
+from normprop.graph.fold_parts import Affine
 from normprop.graph.fold_trace import Shape
 
 _TOLERANCE = 1e-9

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from normprop.errors import ConfigError, GraphError
 from normprop.graph.capture import Inputs, arguments
-from normprop.graph.node import Graph, Node, Ref, State, execute, leaves, replace
+from normprop.graph.node import Graph, Node, Ref, State, leaves, replace
+from normprop.graph.operators import execute
 from normprop.graph.rules import operator_rule, random
 from normprop.moments import Moments
 

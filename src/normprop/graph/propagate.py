@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normprop.errors import GraphError, MomentError, UnknownOperatorError
-from normprop.graph.node import Graph, Node, Ref, State, execute, leaves, overwrite, replace
+from normprop.graph.node import Graph, Node, Ref, State, leaves, replace
+from normprop.graph.operators import execute, overwrite
 from normprop.graph.rules import Call, elementwise, module_rule, operator_rule
 from normprop.graph.signal import Signal
 from normprop.moments import Moments

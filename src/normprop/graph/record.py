@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normprop.errors import GraphError
-from normprop.graph.node import Graph, Node, Ref, Scope, State, bind, describe, replace
+from normprop.graph.node import Graph, Node, Ref, Scope, State, replace
+from normprop.graph.operators import bind, describe
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note: str = "") -> Graph:

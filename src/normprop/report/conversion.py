@@ -7,9 +7,9 @@ from typing import Any
 
 from normprop.errors import requires
 from normprop.graph.report import ConversionReport, SiteReport
+from normprop.report.template import template
 
 with requires("report"):
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
 Row = dict[str, Any]
@@ -41,14 +41,7 @@ def page(report: ConversionReport) -> str:
         >>> page(ConversionReport("Net", "normprop", "fresh", "export", []))[:15]
         '<!doctype html>'
     """
-    environment = Environment(
-        loader=PackageLoader("normprop.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("conversion.html.j2").render(
+    return template("conversion.html.j2").render(
         report=report,
         headline=headline(report),
         facts=_facts(report),

@@ -9,9 +9,9 @@ from normprop.files import write_whole
 from normprop.report import curves, dots, figures, summary
 from normprop.report.marks import SHAPES, marks
 from normprop.report.results import Results, read
+from normprop.report.template import template
 
 with requires("report"):
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
@@ -48,16 +48,6 @@ def write(document: dict[str, Any], path: Path) -> Path:
 
 def _render(results: Results) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("normprop.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    environment.filters["number"] = summary.number
-    environment.filters["percent"] = summary.percent
     groups = {
         "ranking": dots.ranking(results),
         "batch": figures.by_batch(results),
@@ -74,7 +64,7 @@ def _render(results: Results) -> str:
         for group, plots in groups.items()
         for index, figure in enumerate(plots)
     ]
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2", number=summary.number, percent=summary.percent).render(
         results=results,
         groups=groups,
         marks=styles,

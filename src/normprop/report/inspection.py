@@ -7,11 +7,11 @@ from typing import Any
 
 from normprop.errors import requires
 from normprop.graph import site_table as text
+from normprop.report.template import template
 from normprop.report.traces import safe, short
 
 with requires("report"):
     import plotly.graph_objects as go
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
@@ -34,15 +34,7 @@ def page(document: Row) -> str:
         >>> page(document)[:15]
         '<!doctype html>'
     """
-    environment = Environment(
-        loader=PackageLoader("normprop.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    return environment.get_template("inspection.html.j2").render(
+    return template("inspection.html.j2").render(
         document=document,
         headline=text.headline(document),
         remarks=text.remarks(document),

@@ -9,7 +9,8 @@ from torch import Tensor
 from normprop.errors import UnknownOperatorError
 from normprop.graph import expression
 from normprop.graph.expression import Expression
-from normprop.graph.node import functional, replace
+from normprop.graph.node import replace
+from normprop.graph.operators import functional
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Origin, Signal
 from normprop.moments.piecewise import rectifier

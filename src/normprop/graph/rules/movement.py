@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from normprop.graph import node as nodes
-from normprop.graph.node import execute, leaves
+from normprop.graph.node import leaves
+from normprop.graph.operators import execute
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Origin, Signal
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normprop.graph.expression import increasing
-from normprop.graph.node import execute
+from normprop.graph.operators import execute
 from normprop.graph.rules.arithmetic import distinct
 from normprop.graph.rules.extremes import greatest
 from normprop.graph.rules.linear import as_list

@@ -1,0 +1,34 @@
+"""The pages' templates."""
+
+from typing import Any
+
+from normprop.errors import requires
+
+with requires("report"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+
+def template(name: str, **filters: Any) -> Template:
+    """A template of the assets, in which what is not defined is an error.
+
+    Args:
+        name: its file.
+        **filters: functions that it may apply.
+
+    Returns:
+        The template, to render.
+
+    Example:
+        >>> template("conversion.html.j2").name
+        'conversion.html.j2'
+    """
+    environment = Environment(
+        loader=PackageLoader("normprop.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    environment.filters.update(filters)
+    return environment.get_template(name)
