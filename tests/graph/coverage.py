@@ -7,6 +7,7 @@ Options: ``--workers N`` processes (2), ``--at-most N`` million parameters (400)
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import sys
@@ -53,7 +54,8 @@ def examine(library: str, name: str, parameters: int) -> Row:
         net = _fresh(row, case)
         if row.deviation.startswith("✗"):  # tiny maps leave a deep network few positions to average over
             larger = tuple(torch.randn(*x.shape[:2], *(2 * side for side in x.shape[2:])) for x in case.args)
-            net = _fresh(row, Case(build(library, name).model, larger))
+            with contextlib.suppress(normprop.NormPropError):  # a model of one size
+                net = _fresh(row, Case(build(library, name).model, larger))
     except normprop.NormPropError as error:
         row.sites = f"✗ {error}"
         return row

@@ -114,6 +114,33 @@ def test_the_model_stays_as_it_is():
     assert all(module.training for module in case.model.modules())
 
 
+def test_what_a_forward_pass_writes_into_its_modules_is_put_back():
+    class Writer(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.shared = shared
+
+        def forward(self, x):
+            self.shared[0] = x * 2.0
+            return x
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = [torch.zeros(1)]
+            self.writer = Writer(self.shared)
+
+        def forward(self, x):
+            return self.writer(x) + self.shared[0]
+
+    model = Reader()
+    capture(model, torch.randn(2, 3))
+    assert model.shared is model.writer.shared
+    assert type(model.shared[0]) is Tensor
+    assert torch.equal(model.shared[0], torch.zeros(1))
+    assert torch.equal(model(torch.ones(2, 3)), torch.full((2, 3), 3.0))
+
+
 def test_errors_name_the_place():
     with pytest.raises(ConfigError, match="holds no tensor, got int"):
         capture(nn.Linear(2, 2), 3)

@@ -86,10 +86,29 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] > 1 else None
 
     shapes = None if kwargs else pytree.tree_map(dynamic, args)
-    with warnings.catch_warnings(), _quiet("torch.fx", "torch.export"):
+    with warnings.catch_warnings(), _quiet("torch.fx", "torch.export"), _attributes_kept(model):
         warnings.simplefilter("ignore")  # what export thinks of the user's code
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     return _translate(model, program)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module's attributes back: export leaves its own tensors and lists where a forward pass writes any."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    lists = [(value, [*value]) for _, own in before for value in own.values() if isinstance(value, list)]
+    dicts = [(value, dict(value)) for _, own in before for value in own.values() if isinstance(value, dict)]
+    try:
+        yield
+    finally:
+        for module, own in before:
+            vars(module).clear()
+            vars(module).update(own)
+        for changed, items in lists:
+            changed[:] = items
+        for table, entries in dicts:
+            table.clear()
+            table.update(entries)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normprop.errors import UnknownOperatorError
 from normprop.graph import node as nodes
 from normprop.graph.node import leaves
 from normprop.graph.operators import execute
@@ -39,6 +40,14 @@ def same(call: Call) -> Signal:
     """What changes nothing but the type, the place or the memory."""
     x = call.inputs[0]
     return x
+
+
+@rule("col2im")
+def folded(call: Call) -> Any:
+    """Patches back in their places; there is a rule only for patches that do not overlap."""
+    if any(size > step for size, step in zip(call["kernel_size"], call["stride"], strict=True)):
+        raise UnknownOperatorError(f"{call.node}: there is no rule for patches that overlap")
+    return moved(call)
 
 
 @rule("copy")
