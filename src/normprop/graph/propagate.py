@@ -163,8 +163,11 @@ def _finished(answer: Any, node: Node, output: int = 0) -> Any:
     if isinstance(answer, Moments):
         assert node.shape is not None
         answer = Signal.of(answer.mean, answer.var, node.shape, axis=1 if len(node.shape) > 1 else None)
-    return answer.made_by(node.index, output) if isinstance(answer, Signal) else answer
+    return answer.bounded(_LARGEST).made_by(node.index, output) if isinstance(answer, Signal) else answer
 
+
+# Moments of one call; more of them, as of every token of an attention map, take time and tell little.
+_LARGEST = 2**16
 
 # What has moments although no signal goes in: random draws, and look-ups by whole numbers from the input.
 _DRAWN = {"normalised", "bernoulli", "rand", "randn", "rand_like", "randn_like"}

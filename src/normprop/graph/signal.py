@@ -117,6 +117,30 @@ class Signal:
         mean = self.mean + offset
         return Signal(mean, self.var, self.shape, None, self.repeat, self.parts)
 
+    def bounded(self, limit: int) -> "Signal":
+        """The signal with at most so many moments: averaged over axes, what differs along them becomes variance.
+
+        The axes in the middle of a tensor (positions, tokens, windows) and the first (samples) go before the second
+        and the last, where channels stand.
+        """
+        mean, var = torch.broadcast_tensors(self.mean, self.var)
+        last = len(self.shape) - 1
+        order = sorted(range(len(self.shape)), key=lambda axis: (axis in (1, last), axis == last, -mean.shape[axis]))
+        axes = []
+        while mean.numel() > limit:
+            axis = next(axis for axis in order if mean.shape[axis] > 1)
+            axes.append(axis)
+            mean, var = _averaged(mean, var, axis)
+        if not axes:
+            return self
+        origin = self.origin
+        if origin is not None:
+            middle, spread = torch.broadcast_tensors(origin.mean, origin.var)
+            for axis in axes:
+                middle, spread = _averaged(middle, spread, axis)
+            origin = replace(origin, mean=middle, var=spread, source=None)
+        return Signal(mean, var, self.shape, repeat=self.repeat, origin=origin, simplex=self.simplex)
+
     def channels(self, axis: int) -> tuple[Tensor, Tensor]:
         """Mean and variance per element of one axis, over the data and all other axes; vectors of the axis' length."""
         axis %= len(self.shape)
@@ -132,6 +156,12 @@ class Signal:
         with torch.no_grad():
             mean, var = torch.broadcast_tensors(self.mean.double(), self.var.double())
             return Moments(float(mean.mean()), float(var.mean() + mean.var(correction=0)))
+
+
+def _averaged(mean: Tensor, var: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Moments over one axis more; it stays with length 1."""
+    average = mean.mean(axis, keepdim=True)
+    return average, var.mean(axis, keepdim=True) + (mean - average).square().mean(axis, keepdim=True)
 
 
 def add(one: Signal, other: Signal, weight: float | Tensor, shape: tuple[int, ...]) -> Signal:
