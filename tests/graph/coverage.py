@@ -165,7 +165,7 @@ def page(rows: list[Row], left_out: dict[str, str], too_large: list[RealModel]) 
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if too_large:
         names = ", ".join(f"`{model.name}` ({model.parameters / 1e6:.0f} M)" for model in too_large)
-        lines += ["", f"Not run here, for memory: {names}."]
+        lines += ["", f"Not run here, for time and memory: {names}."]
     if left_out:
         lines += ["", "Could not be built here:", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in left_out.items()]
