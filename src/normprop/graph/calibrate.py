@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normprop.errors import ConversionError
-from normprop.graph.capture import Inputs, arguments
+from normprop.graph.capture import Inputs, arguments, in_training
 from normprop.moments import Moments
 from normprop.nn import Predicted, PredictedLayer, PredictedLinear
 
@@ -72,10 +72,9 @@ def calibrate(
 
     handles = [module.register_forward_hook(hook) for module in paths]
     try:
-        with _state_kept(net), torch.random.fork_rng(devices=[]):
+        with in_training(net), _buffers_kept(net), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             args, kwargs = arguments(x if on == "input" else _noise(_enlarged(x), given))
-            net.train()
             net(*args, **kwargs)
     finally:
         for handle in handles:
@@ -84,15 +83,12 @@ def calibrate(
 
 
 @contextmanager
-def _state_kept(net: nn.Module) -> Iterator[None]:
-    """Put modes and buffers back, but for the corrections."""
-    modes = [(module, module.training) for module in net.modules()]
+def _buffers_kept(net: nn.Module) -> Iterator[None]:
+    """Put buffers back, but for the corrections."""
     buffers = [(value, value.clone()) for name, value in net.named_buffers() if not name.endswith("correction")]
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for value, before in buffers:
             value.copy_(before)
 

@@ -74,6 +74,18 @@ def capture(model: nn.Module, x: Inputs) -> Graph:
     return graph.settled()
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """The network in training mode; afterwards every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _first_line(failure: Exception) -> str:
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__

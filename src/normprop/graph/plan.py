@@ -1,8 +1,7 @@
 """What a conversion would do to a network, worked out before anything is touched."""
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from normprop import norms
 from normprop.errors import ConfigError, ConversionError, GraphError
 from normprop.graph.absorb import linear_map
 from normprop.graph.calibrate import Rehearsal
-from normprop.graph.capture import Inputs, arguments, capture
+from normprop.graph.capture import Inputs, arguments, capture, in_training
 from normprop.graph.contract import calls, contract
 from normprop.graph.measure import measure
 from normprop.graph.node import Graph, Node
@@ -236,18 +235,6 @@ def _doubled(x: Inputs) -> Inputs | None:
         return None
     twice: Inputs = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf, x)
     return twice
-
-
-@contextmanager
-def in_training(model: nn.Module) -> Iterator[None]:
-    """The network in training mode; afterwards every module in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def refuse(plan: Plan) -> None:
