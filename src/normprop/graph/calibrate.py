@@ -45,7 +45,7 @@ def calibrate(
     Example:
         >>> from normprop.nn import PredictedNorm
         >>> net = nn.Sequential(PredictedNorm(2))
-        >>> [(path, round(value, 1)) for path, value in calibrate(net, 2 * torch.randn(4096, 2), "input")]
+        >>> calibrate(net, torch.tensor([[-2.0, 2.0], [2.0, -2.0]]), "input")
         [('0', 4.0)]
     """
     paths = {module: path for path, module in net.named_modules() if isinstance(module, Predicted)}
