@@ -45,7 +45,8 @@ def calibrate(
     Example:
         >>> from normprop.nn import PredictedNorm
         >>> net = nn.Sequential(PredictedNorm(2))
-        >>> calibrate(net, torch.tensor([[-2.0, 2.0], [2.0, -2.0]]), "input")
+        >>> x = torch.tensor([[-2.0, 2.0], [2.0, -2.0]])
+        >>> [(path, round(value, 3)) for path, value in calibrate(net, x, "input")]
         [('0', 4.0)]
     """
     paths = {module: path for path, module in net.named_modules() if isinstance(module, Predicted)}
