@@ -4,13 +4,14 @@ Propagation takes channels and positions as uncorrelated and Gaussian. A layer's
 multiply with depth, and activations such as SiLU, steeper for larger inputs, amplify them: EfficientNet-B0 ends 40
 times too large. So a fresh conversion sends noise of the predicted input moments through the network once and sets, in
 the order of the forward pass, one number for each layer: the ratio of the variance that it meets to the predicted one.
-No data is involved, and a sample's output still depends on it alone.
+No data is involved, and a sample's output still depends on it alone. Where samples differ so much that a
+deviation is not known to 5 %, as with stochastic depth before SiLU, the rehearsal is repeated with more of them.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,24 +50,62 @@ def calibrate(
         >>> [(path, round(value, 3)) for path, value in calibrate(net, x, "input")]
         [('0', 4.0)]
     """
+    if on == "input":
+        return _rehearse(net, x).corrections
+    before = [
+        (module.correction, module.correction.clone()) for module in net.modules() if isinstance(module, Predicted)
+    ]
+    size = sum(leaf.numel() for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
+    noise = _enlarged(x, _FEW // max(size, 1))
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            done = _rehearse(net, _noise(noise, given))
+        more = min((done.error / _ERROR) ** 2, _LARGEST / max(done.largest, 1))
+        larger = _enlarged(x, math.ceil(more * _samples(noise) / max(_samples(x), 1)))
+        if more <= 1.0 or _samples(larger) <= _samples(noise):
+            return done.corrections
+        noise = larger
+        for correction, value in before:
+            correction.copy_(value)
+
+
+class _Done(NamedTuple):
+    """What one pass found."""
+
+    corrections: list[tuple[str, float]]
+    error: float  # largest standard error of a layer's variance over samples, as its fraction
+    largest: int  # elements of the largest output of a layer
+
+
+def _rehearse(net: nn.Module, x: Inputs) -> _Done:
+    """Correct every layer in one pass."""
     paths = {module: path for path, module in net.named_modules() if isinstance(module, Predicted)}
-    reached: list[tuple[str, float]] = []
+    reached: dict[str, float] = {}
+    samples = _samples(x)
+    errors, sizes = [0.0], [0]
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        if any(path == paths[module] for path, _ in reached):
+        path = paths[module]
+        if path in reached:
             return output
         axis = output.ndim - 1 if isinstance(module, PredictedLinear) else 1
         gain = module.gain if isinstance(module, PredictedLayer) else module.weight
         power = 1.0 if gain is None else float(gain.double().square().mean())
         others = [i for i in range(output.ndim) if i != axis]
-        met = float(output.double().var(others, correction=0).mean())
+        sizes.append(output.numel())
+        squares = (output - output.mean(others, keepdim=True)).square()
+        met = float(squares.mean(dtype=torch.float64))
         if not math.isfinite(met):
-            raise ConversionError(f"{paths[module]}: after conversion its output on {on} is not finite")
+            raise ConversionError(f"{path}: after conversion its output in the rehearsal is not finite")
         ratio = met / power if power > 0.0 else 0.0
-        if not 1e-12 < ratio < 1e12:  # silent layers, such as a branch that begins at zero, stay as they are
+        if 1e-12 < ratio < 1e12:
+            if samples > 1 and len(output) % samples == 0:
+                errors.append(float(squares.reshape(samples, -1).mean(1).std()) / met / samples**0.5)
+        else:  # silent layers, such as a branch that begins at zero, stay as they are
             ratio = 1.0
         module.correction.mul_(ratio)
-        reached.append((paths[module], float(module.correction)))
+        reached[path] = float(module.correction)
         bias = 0.0 if module.bias is None else module.bias.reshape([-1 if i == axis else 1 for i in range(output.ndim)])
         corrected: Tensor = (output - bias) / ratio**0.5 + bias
         return corrected
@@ -75,12 +114,12 @@ def calibrate(
     try:
         with in_training(net), _buffers_kept(net), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            args, kwargs = arguments(x if on == "input" else _noise(_enlarged(x), given))
+            args, kwargs = arguments(x)
             net(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return reached
+    return _Done(list(reached.items()), max(errors), max(sizes))
 
 
 @contextmanager
@@ -94,15 +133,22 @@ def _buffers_kept(net: nn.Module) -> Iterator[None]:
             value.copy_(before)
 
 
-_ENOUGH = 2**20  # values of input that make the variance of a layer's output known to a per cent or so
+_FEW = 2**20  # values of input that make the variance of a layer's output known to a per cent or so, mostly
+_ERROR = 0.1  # of a variance, 5 % of a deviation
+_LARGEST = 2**28  # elements of an output, the memory that a rehearsal may ask for
 
 
-def _enlarged(x: Inputs) -> Inputs:
-    """More samples of a small example; a model whose inputs have no common first axis gets it as it is."""
-    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
-    times = min(_ENOUGH // max(sum(tensor.numel() for tensor in tensors), 1), 256 // max(*sizes, 1))
-    if len(sizes) > 1 or times < 2:
+def _samples(x: Inputs) -> int:
+    """Length of the first axis that all inputs share, else 0."""
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _enlarged(x: Inputs, times: int) -> Inputs:
+    """The example repeated, up to 256 samples; a model whose inputs have no common first axis gets it as it is."""
+    samples = _samples(x)
+    times = min(times, 256 // samples) if samples else 1
+    if times < 2:
         return x
     return pytree.tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) else leaf, x)  # type: ignore[no-any-return]
 
