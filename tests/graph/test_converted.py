@@ -46,7 +46,7 @@ def test_copies_pickles_averages_and_state(name):
     assert same(again(*x), changed(*x))
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet_v2"])
+@pytest.mark.parametrize("name", ["vgg", "resnet_v2", "shufflenet_v2"])
 def test_compile_and_export(name):
     net, x = converted(name)
     sum(part.square().mean() for part in leaves(net(*x))).backward()

@@ -216,7 +216,7 @@ def _plan(call: Call, compact: list[torch.Size]) -> tuple[list[tuple[Any, ...]],
     def label(leaf: Any) -> Any:
         nonlocal position, first
         if not _moves(leaf):
-            return leaf
+            return leaf.cpu() if isinstance(leaf, Tensor) else leaf  # an index, next to the labels
         shape = compact[position]
         position += 1
         count = _size(shape)
@@ -249,6 +249,7 @@ def _compressed(labels: Tensor, shape: tuple[int, ...]) -> tuple[Any, ...]:
         head = labels.narrow(axis, 0, min(1, labels.shape[axis]))
         if labels.shape[axis] > 1 and bool((labels == head).all()):
             labels = head
+    labels = labels.contiguous()  # what is gathered has the index's strides, but a compiler takes it as contiguous
     literal = labels < _FIRST
     index = torch.where(literal, _FIRST, labels).sub(_FIRST).long()
     return index, (labels.where(literal, 0.0).float() if bool(literal.any()) else None), literal, shape
@@ -259,7 +260,7 @@ def _gather(output: tuple[Any, ...], flat: list[Tensor], sources: list[Any], rep
     fields = [kind[index.to(kind.device)] for kind in flat]
     if numbers is not None:
         fields = [
-            torch.where(literal, value.to(field) if position % 2 == 0 else 0.0, field)
+            torch.where(literal.to(field.device), value.to(field) if position % 2 == 0 else 0.0, field)
             for position, (field, value) in enumerate(zip(fields, [numbers] * 4, strict=True))
         ]
     origins = [s.origin and s.origin.plain() for s in sources if isinstance(s, Signal)]
