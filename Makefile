@@ -1,4 +1,4 @@
-# Two commands do everything: `make compare` and `make test`.
+# Two commands do everything: `make compare` and `make test`; `make bench` measures what a training step costs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: compare test docs install format clean
+.PHONY: compare test bench docs install format clean
 
 compare: install ## Compare normalisers on the embedded digits; prints a table and the path of the report.
 	$(BIN)/normprop compare --study digits --data digits --train 500 --validation 200 --model nin --width 0.25 \
@@ -18,6 +18,10 @@ test: install ## Lint, types and tests.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+bench: install ## Time training steps against the network without normalisation; within about ten minutes.
+	$(BIN)/normprop bench --networks nin,resnet18,mlp,unet3d --batch-sizes 1,8 --seconds 15 \
+	  --methods none,batch,group,normprop,normprop-paper
 
 docs: install ## Write the pages that are generated.
 	$(BIN)/normprop methods --markdown > docs/methods.md

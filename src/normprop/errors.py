@@ -44,6 +44,16 @@ class MissingExtraError(NormPropError, ImportError):
     """An optional dependency that is not installed."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where there is none.
+
+    Example:
+        >>> first_line(ValueError("bad; see below\\nbelow")), first_line(AssertionError())
+        ('bad; see below', 'AssertionError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
 def requires(extra: str) -> Iterator[None]:
     """Turn a failing import into an error that names the extra to install.

@@ -6,6 +6,7 @@ needs again is an output of the forward; where the backward is itself differenti
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,14 +57,28 @@ def filter_statistics(rows: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     if center:
         mean = rows.mean((1, 3), keepdim=True)
         norm = torch.linalg.vector_norm(rows - mean, dim=(1, 3), keepdim=True)
-        # A constant filter may keep a rounding error of its mean: that is zero, not a direction.
-        rounding = 8 * torch.finfo(rows.dtype).eps * math.sqrt(rows.shape[1] * rows.shape[3])
-        zero = norm <= mean.abs() * rounding
+        zero = norm <= mean.abs() * rounding(rows)
     else:
         mean = rows.new_zeros(())
         norm = torch.linalg.vector_norm(rows, dim=(1, 3), keepdim=True)
         zero = norm == 0
     return mean, norm.masked_fill(zero, math.inf).reciprocal()
+
+
+def rounding(rows: Tensor) -> float:
+    """Bound what rounding leaves of a constant filter of mean 1 after centring: that is zero, not a direction.
+
+    Args:
+        rows: weight as seen by :func:`filters`, or (out, fan-in).
+
+    Returns:
+        Largest norm.
+
+    Example:
+        >>> rounding(torch.zeros(4, 16)) < 1e-5
+        True
+    """
+    return 8 * torch.finfo(rows.dtype).eps * math.sqrt(rows.shape[1] * math.prod(rows.shape[3:]))
 
 
 def at_least_float32(value: Tensor) -> Tensor:
@@ -165,16 +180,29 @@ class LiveReLU(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, shift: Tensor, mean: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gain and bias."""
         gain, bias, *terms = ctx.saved_tensors
-        size, a, above, h, v = LiveReLU._terms(gain, bias) if torch.is_grad_enabled() else terms
+        slopes = LiveReLU.slopes(gain, LiveReLU._terms(gain, bias) if torch.is_grad_enabled() else terms)
+        by_bias = torch.addcmul(torch.addcmul(scale * slopes[0], shift, slopes[1]), mean, slopes[2])
+        return by_bias * slopes[3], by_bias
+
+    @staticmethod
+    def slopes(gain: Tensor, terms: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the derivatives by the bias of scale, shift and mean, and what turns their sum into one by the gain.
+
+        Args:
+            gain: gamma, (out,).
+            terms: what ``forward`` returns after scale, shift and mean.
+
+        Returns:
+            Four tensors, each (out,).
+        """
+        size, a, above, h, v = terms
         floored = v.clamp_min(VARIANCE_FLOOR)
         r = floored.rsqrt()
         # dr/da = -r / v * v' / 2, and 0 on the floor
-        slope = (r / floored * h * (above - 1)).masked_fill(v < VARIANCE_FLOOR, 0.0)
+        slope = (r / floored * h * (above - 1)).masked_fill(v < VARIANCE_FLOOR, 0.0) / size
         sign = gain.sign()
-        direct = (shift + mean * above) * r
-        by_a = torch.addcmul(direct, torch.addcmul(torch.addcmul(scale * sign, shift, a), mean, h), slope)
-        by_bias = by_a / size
-        return -by_bias * a * sign, by_bias
+        direct = r / size
+        return slope * sign, torch.addcmul(direct, a, slope), torch.addcmul(direct * above, h, slope), -a * sign
 
 
 for _function in (NormalizeFilters, LiveReLU):

@@ -182,7 +182,9 @@ def test_a_failing_conversion_leaves_the_network_alone():
     with torch.no_grad():
         case.model.features[3].weight.fill_(float("nan"))
     keys = case.model.state_dict().keys()
-    with pytest.raises(ConversionError, match=r"features\.3: after conversion its output on noise is not finite"):
+    with pytest.raises(
+        ConversionError, match=r"features\.3: after conversion its output in the rehearsal is not finite"
+    ):
         normprop.convert(case.model, case.args, inplace=True)
     assert case.model.state_dict().keys() == keys
 

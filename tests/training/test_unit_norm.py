@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from normprop.nn import Conv2d, ConvTranspose2d, Linear, NormPropLayer
-from normprop.training import constrain
+from normprop.training import constrain, unit_norm
 
 
 def network() -> nn.Module:
@@ -155,8 +155,10 @@ def test_a_step_skipped_by_the_grad_scaler_changes_nothing(fused):
 
 def test_a_layer_used_twice_is_rescaled_once(monkeypatch):
     calls = []
-    normalize = Linear.normalize_weight_
-    monkeypatch.setattr(Linear, "normalize_weight_", lambda layer: (calls.append(layer), normalize(layer)))
+    normalize = unit_norm.normalize_rows_
+    monkeypatch.setattr(
+        unit_norm, "normalize_rows_", lambda rows, centers: (calls.extend(rows), normalize(rows, centers))[1]
+    )
     first, second, tied = Linear(4, 4), Linear(4, 4), Linear(4, 4)
     tied.weight = second.weight
     model = nn.Sequential(first, first, second, tied)

@@ -9,6 +9,8 @@ from normprop.errors import NormPropError, requires
 with requires("cli"):
     import typer
 
+from normprop.cli.bench import bench
+from normprop.cli.bench_growth import bench_growth
 from normprop.cli.compare import compare
 from normprop.cli.convert import convert
 from normprop.cli.fold import fold
@@ -30,6 +32,8 @@ app.command()(methods)
 app.command()(inspect)
 app.command()(convert)
 app.command()(fold)
+app.command()(bench)
+app.command()(bench_growth)
 
 
 def _version(show: bool) -> None:

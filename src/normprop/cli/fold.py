@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from normprop.cli import converted, models
 from normprop.cli.weights import packed
-from normprop.errors import ConfigError, GraphError, requires
+from normprop.errors import ConfigError, GraphError, first_line, requires
 from normprop.files import write_whole
 from normprop.graph.capture import Inputs, arguments
 
@@ -121,8 +121,7 @@ def _exported(net: nn.Module, x: Inputs) -> torch.export.ExportedProgram:
             warnings.simplefilter("ignore")  # what export thinks of the user's code
             return torch.export.export(net.eval(), args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # whatever export cannot take
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise GraphError(f"{type(net).__name__} cannot be exported by torch.export: {reason}") from error
+        raise GraphError(f"{type(net).__name__} cannot be exported by torch.export: {first_line(error)}") from error
 
 
 def _repeated(leaf: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from normprop.errors import ConfigError, DataError
+from normprop.errors import ConfigError, DataError, first_line
 from normprop.graph.capture import Inputs
 
 _FORM = re.compile(
@@ -96,4 +96,4 @@ def _read(path: Path) -> Tensor:
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no array of numbers: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} is no array of numbers: {first_line(error)}") from error

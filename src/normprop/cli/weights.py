@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop.errors import ConfigError, DataError, requires
+from normprop.errors import ConfigError, DataError, first_line, requires
 
 FORMATS = {"safetensors": ".safetensors", "state-dict": ".pt"}
 
@@ -87,9 +87,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"model.state_dict() alone, or safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path} is no state dict: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from error
+        raise DataError(f"{path} is no state dict: {first_line(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         inside = f" with {', '.join(map(repr, [*state][:3]))}" if isinstance(state, Mapping) else ""
         raise DataError(

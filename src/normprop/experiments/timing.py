@@ -7,8 +7,9 @@ gives one ratio per method, and the median over the rounds is reported with its 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,20 @@ BASELINE = "none"
 _WARMUP = 2
 _LEAST_ROUNDS = 5
 _MOST_ROUNDS = 500
+
+
+class Spread(NamedTuple):
+    """A median with its quartiles.
+
+    Args:
+        ratio: the median.
+        low: lower quartile.
+        high: upper quartile.
+    """
+
+    ratio: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -71,47 +86,105 @@ def step_times(networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor
     """
     if BASELINE not in networks:
         raise ConfigError(f"step times need the network {BASELINE!r}: every ratio is taken to it")
-    steps = {method: _step(network, images, labels) for method, network in networks.items()}
-    times: dict[str, list[float]] = {method: [] for method in steps}
-    order = list(steps)
-    for _ in range(_WARMUP):
-        for method in order:
-            steps[method]()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        end = time.perf_counter() + seconds
-        while len(times[BASELINE]) < _LEAST_ROUNDS or (
-            time.perf_counter() < end and len(times[BASELINE]) < _MOST_ROUNDS
-        ):
-            for method in order:
-                times[method].append(_seconds(steps[method], images.device))
-            order.append(order.pop(0))
-    finally:
-        if collecting:
-            gc.enable()
-    return [_summary(method, len(labels), times[method], times[BASELINE]) for method in networks]
+
+    def loss(network: nn.Module) -> Callable[[], Tensor]:
+        return lambda: F.cross_entropy(network(images), labels)
+
+    steps = {method: training_step(network, loss(network)) for method, network in networks.items()}
+    times = interleaved(steps, seconds, images.device)
+    return [
+        StepTime(method, len(labels), *ratios(own, times[BASELINE]), 1000 * statistics.median(own))
+        for method, own in times.items()
+    ]
 
 
-def _step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One training step as `fit` does it, as a closure."""
+def training_step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """Return one training step as `fit` does it: forward, backward, fused SGD and the unit-norm constraint.
+
+    Args:
+        network: what is trained; it is put into training mode, and its filters to unit length.
+        loss: computes the loss of a batch.
+
+    Returns:
+        The step.
+
+    Example:
+        >>> network = nn.Linear(4, 2)
+        >>> training_step(network, lambda: network(torch.ones(1, 4)).sum())()
+    """
     network.train()
     optimizer = torch.optim.SGD(parameter_groups(network, weight_decay=5e-4), lr=1e-3, momentum=0.9, fused=True)
     constrain(optimizer, network)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(network(images), labels).backward()
+        loss().backward()
         optimizer.step()
 
     return step
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Wall-clock time of one step, with a GPU's queue drained before and after."""
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Time calls that take turns round by round, the order rotated from one round to the next.
+
+    Args:
+        calls: what to time, by name; each is called twice before.
+        seconds: time to spend; at least five rounds are run however long they take.
+        device: where they run; a GPU's queue is drained around each call.
+
+    Returns:
+        The seconds of every call in every round.
+
+    Example:
+        >>> {len(times) >= 5 for times in interleaved({"a": list, "b": dict}, 0.0, torch.device("cpu")).values()}
+        {True}
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(_WARMUP):
+        for name in order:
+            calls[name]()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end, rounds = time.perf_counter() + seconds, 0
+        while rounds < _LEAST_ROUNDS or (time.perf_counter() < end and rounds < _MOST_ROUNDS):
+            for name in order:
+                times[name].append(_seconds(calls[name], device))
+            order.append(order.pop(0))
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def ratios(times: Sequence[float], baseline: Sequence[float]) -> Spread:
+    """Take the ratio of two calls in every round.
+
+    Args:
+        times: seconds of the one.
+        baseline: seconds of the other in the same rounds.
+
+    Returns:
+        Median and quartiles of the ratios.
+
+    Example:
+        >>> ratios([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
+        Spread(ratio=3.0, low=2.5, high=3.5)
+    """
+    quotients = [own / other for own, other in zip(times, baseline, strict=True)]
+    low, middle, high = statistics.quantiles(quotients, n=4, method="inclusive")
+    return Spread(middle, low, high)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of one call, with a GPU's queue drained before and after."""
     _drain(device)
     start = time.perf_counter()
-    step()
+    call()
     _drain(device)
     return time.perf_counter() - start
 
@@ -119,9 +192,3 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 def _drain(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _summary(method: str, batch_size: int, times: list[float], baseline: list[float]) -> StepTime:
-    ratios = [own / other for own, other in zip(times, baseline, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return StepTime(method, batch_size, ratio, low, high, 1000 * statistics.median(times))

@@ -1,9 +1,11 @@
 """Which linear map a normaliser can be absorbed by: the one whose output only it reads."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from normprop.graph.node import Graph, Node, State
+from normprop.graph.node import Graph, Node, State, leaves
 from normprop.graph.propagate import evaluate
 from normprop.graph.signal import Signal
 from normprop.graph.sites import Site
@@ -46,7 +48,7 @@ def linear_map(graph: Graph, site: Site) -> tuple[str, list[Node]] | str:
     module = graph.model.get_submodule(path)
     if type(module) not in LINEAR_MAPS:
         return f"{path or 'the model'} is a {type(module).__name__}, which may compute more than a plain linear map"
-    if any(True for _ in [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]):
+    if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
         return f"{path} has hooks"
     calls = [node for node in graph.nodes if node.op in _OPERATORS and node.path == path]
     if len(calls) != len(found):
@@ -63,7 +65,7 @@ def linear_map(graph: Graph, site: Site) -> tuple[str, list[Node]] | str:
 def _uses(node: Node, graph: Graph, module: nn.Module) -> bool:
     """Whether a node reads a parameter of a module."""
     own = {id(parameter) for parameter in module.parameters()}
-    return any(isinstance(value, State) and id(graph.state(value)) in own for value in node.args.values())
+    return any(isinstance(leaf, State) and id(graph.state(leaf)) in own for leaf in leaves(node.args))
 
 
 def _before(graph: Graph, index: int) -> Node | str:
@@ -111,3 +113,13 @@ def channel_axis(node: Node) -> int:
     """
     assert node.shape is not None
     return len(node.shape) - 1 if node.op in ("linear", "addmm") else 1 if len(node.shape) > 2 else len(node.shape) - 1
+
+
+def linear_inputs(linear: Any) -> int:
+    """Channels that a linear map takes."""
+    return int(linear.in_features if isinstance(linear, nn.Linear) else linear.in_channels)
+
+
+def linear_outputs(linear: Any) -> int:
+    """Channels that a linear map gives."""
+    return int(linear.out_features if isinstance(linear, nn.Linear) else linear.out_channels)

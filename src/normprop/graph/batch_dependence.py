@@ -178,10 +178,18 @@ def _inside(path: str, place: str) -> bool:
     return path != place and path.startswith(f"{place}." if place else "")
 
 
+def _kinds(input: tuple[Any, ...]) -> str:
+    return ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in input)) or "nothing in it"
+
+
 def _checked(x: Any) -> tuple[Tensor, ...]:
     input = x if isinstance(x, tuple) else (x,)
     if not input or not all(isinstance(tensor, Tensor) for tensor in input):
-        raise ConfigError(f"batch_dependence: x must be a tensor or a tuple of tensors, got {type(x).__name__}")
+        kinds = f"a tuple with {_kinds(input)}" if isinstance(x, tuple) else type(x).__name__
+        raise ConfigError(
+            f"batch_dependence: x must be a tensor or a tuple of tensors, got {kinds}; call a model that takes its "
+            f"samples in another form from a module whose forward takes tensors"
+        )
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in input}
     if len(sizes) != 1 or min(sizes) < 2:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in input)

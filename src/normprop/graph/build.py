@@ -10,6 +10,7 @@ from normprop import nn as layers
 from normprop import norms
 from normprop.errors import ConversionError
 from normprop.fused import filters
+from normprop.graph.absorb import linear_outputs
 from normprop.graph.expression import Expression
 from normprop.graph.node import Graph, Ref, leaves, replace
 from normprop.graph.sites import EPS, Site
@@ -79,17 +80,12 @@ def predicted_layer(
     made.register_parameter("gain", weight)
     if bias is not None:
         made.bias = bias
-    fan_in = linear.weight.numel() // (weight_channels(linear))
+    fan_in = linear.weight.numel() // linear_outputs(linear)
     made.center = center and fan_in > 1
     made.eps = EPS
     made.seen = seen
     made.predict(mean.to(linear.weight), var.to(linear.weight))
     return made.train(linear.training)  # type: ignore[no-any-return]
-
-
-def weight_channels(linear: Any) -> int:
-    """Output channels of a linear map."""
-    return int(linear.out_features if isinstance(linear, nn.Linear) else linear.out_channels)
 
 
 def exact_layer(linear: Any, norm: Any, site: Site) -> nn.Module:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from normprop.errors import ConversionError
 from normprop.graph.capture import Inputs, arguments, in_training
+from normprop.graph.random_state import preserved
 from normprop.moments import Moments
 from normprop.nn import Predicted, PredictedLayer, PredictedLinear
 
@@ -58,8 +59,7 @@ def calibrate(
     size = sum(leaf.numel() for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
     noise = _enlarged(x, _FEW // max(size, 1))
     while True:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with preserved(net, seed=0):
             done = _rehearse(net, _noise(noise, given))
         more = min((done.error / _ERROR) ** 2, _LARGEST / max(done.largest, 1))
         larger = _enlarged(x, math.ceil(more * _samples(noise) / max(_samples(x), 1)))
@@ -112,8 +112,7 @@ def _rehearse(net: nn.Module, x: Inputs) -> _Done:
 
     handles = [module.register_forward_hook(hook) for module in paths]
     try:
-        with in_training(net), _buffers_kept(net), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with in_training(net), _buffers_kept(net), preserved(net, seed=0):
             args, kwargs = arguments(x)
             net(*args, **kwargs)
     finally:
@@ -125,7 +124,8 @@ def _rehearse(net: nn.Module, x: Inputs) -> _Done:
 @contextmanager
 def _buffers_kept(net: nn.Module) -> Iterator[None]:
     """Put buffers back, but for the corrections."""
-    buffers = [(value, value.clone()) for name, value in net.named_buffers() if not name.endswith("correction")]
+    corrections = {id(module.correction) for module in net.modules() if isinstance(module, Predicted)}
+    buffers = [(value, value.clone()) for value in net.buffers() if id(value) not in corrections]
     try:
         yield
     finally:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from normprop.errors import ConfigError, GraphError
-from normprop.graph.node import Graph, Node, Ref, Scope, State, replace
+from normprop.errors import ConfigError, GraphError, first_line
+from normprop.graph.node import Graph, Node, Ref, Scope, State, memory, replace
 from normprop.graph.operators import bind, describe
+from normprop.graph.random_state import preserved
 from normprop.graph.record import record
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -58,7 +60,7 @@ def capture(model: nn.Module, x: Inputs) -> Graph:
         The graph.
 
     Raises:
-        GraphError: if the model cannot run on this input.
+        GraphError: if the model cannot run on this input, or has parameters without a shape.
 
     Example:
         >>> graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
@@ -66,12 +68,24 @@ def capture(model: nn.Module, x: Inputs) -> Graph:
         ['input', 'conv2d', 'relu']
     """
     args, kwargs = arguments(x)
-    with torch.random.fork_rng(devices=[]):
+    require_shapes(model)
+    with preserved(model):
         try:
             graph = _export(model, args, kwargs)
         except Exception as failure:  # whatever export cannot take, running the model may
-            graph = record(model, args, kwargs, note=_first_line(failure))
+            graph = record(model, args, kwargs, note=f"{type(failure).__name__}: {first_line(failure)}")
     return graph.settled()
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Refuse a model with lazy modules that have not been called.
+
+    Raises:
+        GraphError: if a parameter or buffer has no shape.
+    """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(value):
+            raise GraphError(f"{type(model).__name__}: {name} has no shape yet; call the model on an input first")
 
 
 @contextmanager
@@ -84,11 +98,6 @@ def in_training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _first_line(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
@@ -145,6 +154,7 @@ def _translate(model: nn.Module, program: torch.export.ExportedProgram) -> Graph
     """Our nodes from an exported program."""
     signature = program.graph_signature
     state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     values: dict[fx.Node, Any] = {}
     nodes: list[Node] = []
     outputs: list[int] = []
@@ -165,7 +175,7 @@ def _translate(model: nn.Module, program: torch.export.ExportedProgram) -> Graph
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise GraphError(f"{node.target} holds a graph of its own")
             values[node] = Ref(len(nodes))
-            nodes.append(_node(len(nodes), node, values))
+            nodes.append(_node(len(nodes), node, values, modules))
         elif node.op == "output":
             outputs = [
                 values[leaf].index
@@ -175,7 +185,7 @@ def _translate(model: nn.Module, program: torch.export.ExportedProgram) -> Graph
     return Graph(model, nodes, outputs, "export")
 
 
-def _node(index: int, node: fx.Node, values: dict[fx.Node, Any]) -> Node:
+def _node(index: int, node: fx.Node, values: dict[fx.Node, Any], modules: set[str]) -> Node:
     def argument(leaf: Any) -> Any:
         return values[leaf] if isinstance(leaf, fx.Node) else leaf
 
@@ -190,7 +200,8 @@ def _node(index: int, node: fx.Node, values: dict[fx.Node, Any]) -> Node:
         overload=overload,
         shape=_shape(value),
         dtype=value.dtype if isinstance(value, Tensor) else None,
-        scopes=_scopes(node.meta.get("nn_module_stack", {})),
+        view=not inplace and any(memory(value) & memory(part.meta.get("val")) for part in node.all_input_nodes[:1]),
+        scopes=_scopes(node.meta.get("nn_module_stack", {}), modules),
         source=_source(node.meta.get("stack_trace") or ""),
         inplace=inplace,
     )
@@ -212,11 +223,12 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
 
 
-def _scopes(stack: Mapping[str, Any]) -> tuple[Scope, ...]:
+def _scopes(stack: Mapping[str, Any], modules: set[str]) -> tuple[Scope, ...]:
     scopes = []
     for key, (path, _) in stack.items():
-        call = re.search(r"@(\d+)$", key)
-        scopes.append(Scope(re.sub(r"@\d+$", "", path), int(call[1]) if call else 0))
+        call, place = re.search(r"@(\d+)$", key), re.sub(r"@\d+$", "", path)
+        if place in modules:  # export also writes names of its own where it has lost the module
+            scopes.append(Scope(place, int(call[1]) if call else 0))
     return tuple(scopes) or (Scope(""),)
 
 

@@ -20,7 +20,8 @@ def calls(graph: Graph, chosen: Callable[[nn.Module], bool]) -> list[Group]:
     Returns:
         The module's call and the indices of its nodes.
     """
-    paths = {name for name, module in graph.model.named_modules() if chosen(module)}
+    modules = graph.model.named_modules(remove_duplicate=False)
+    paths = {name for name, module in modules if chosen(module)}
     groups: dict[Scope, list[int]] = {}
     for node in graph.nodes:
         scope = next((scope for scope in node.scopes if scope.path in paths), None) if node.op != "input" else None

@@ -13,7 +13,7 @@ from normprop.graph.absorb import channel_axis
 from normprop.graph.calibrate import calibrate
 from normprop.graph.capture import Inputs
 from normprop.graph.exact import prove, require_finite
-from normprop.graph.node import Graph
+from normprop.graph.node import Graph, leaves, replace
 from normprop.graph.plan import Plan, analyze, refuse
 from normprop.graph.program import mixed, program
 from normprop.graph.propagate import Propagation, evaluate
@@ -148,8 +148,7 @@ def _replacements(
     else:
         first = nn.Identity()
     whole = build.with_tail(first, plan.graph, site, norm)
-    whole._forward_hooks.update(norm._forward_hooks)
-    whole._forward_pre_hooks.update(norm._forward_pre_hooks)
+    _take_hooks(whole, norm)
     if taken is None:
         path = site.path if whole is first else f"{site.path}.0"
         roots.update({place.output: (path, "weight") for place in site.places})
@@ -166,6 +165,17 @@ def _replacements(
         moments = mixed([known.values[node.inputs[0]].channels(_axis(plan.graph, node)) for node in nodes])
         layer = build.predicted_layer(linear, norm, *moments, _seen(plan.graph, nodes[0], known), options.centered)
     return {site.path: whole, path: layer}
+
+
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let a module call the hooks of another."""
+    for name in _HOOKS:
+        getattr(new, name).update(getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+          "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks")  # fmt: skip
 
 
 def _input(site: Site, known: Propagation) -> tuple[Tensor, Tensor]:
@@ -188,8 +198,12 @@ def _seen(graph: Graph, node: Any, known: Propagation) -> Coverage | None:
 
 
 def _exchange(net: nn.Module, made: dict[str, nn.Module]) -> None:
-    """Put new modules in wherever the old ones stand, under all their names."""
+    """Put new modules in wherever the old ones stand, under all their names and in plain lists and dicts."""
     replaced = {id(net.get_submodule(path)): module for path, module in made.items()}
+    for owner in net.modules():
+        for name, value in [*vars(owner).items()]:
+            if name != "_modules" and any(id(leaf) in replaced for leaf in leaves(value)):
+                vars(owner)[name] = replace(value, lambda leaf: replaced.get(id(leaf), leaf))
     for path, module in [*net.named_modules(remove_duplicate=False)]:
         new = replaced.get(id(module))
         if new is not None and path:

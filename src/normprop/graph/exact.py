@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from normprop.errors import ConversionError
 from normprop.graph.capture import Inputs, arguments
 from normprop.graph.plan import Plan
+from normprop.graph.random_state import preserved
 
 _ROUNDING = 1e-9  # in float64, relative to the largest value
 
@@ -79,8 +80,7 @@ def _watched(net: nn.Module, x: Inputs, paths: list[str]) -> tuple[Any, dict[str
     for path in paths:
         net.get_submodule(path).register_forward_hook(keep(path))
     args, kwargs = arguments(x)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), preserved(net, seed=0):
         output = net(*pytree.tree_map(_clone, args), **pytree.tree_map(_clone, kwargs))
     return output, found
 

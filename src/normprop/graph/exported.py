@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from normprop.errors import DataError
+from normprop.errors import DataError, first_line
 from normprop.graph.capture import Inputs
 from normprop.graph.exported_modules import modules
 
@@ -75,7 +75,7 @@ def load_exported(path: str | Path) -> tuple[nn.Module, Inputs | None]:
             program = torch.export.load(_archive(entries))
             model = modules(program)
     except Exception as error:  # whatever torch's reader trips over
-        raise DataError(f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     return model, example
 
 
@@ -154,7 +154,3 @@ def _archive(entries: dict[str, bytes]) -> io.BytesIO:
         for name, content in entries.items():
             archive.writestr(f"model/{name}", content)
     return io.BytesIO(made.getvalue())
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -20,7 +20,6 @@ _CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
     "conv_transpose3d": nn.ConvTranspose3d,
 }
 _SETTINGS = ("stride", "padding", "output_padding", "dilation", "groups")
-_SETTINGS = ("stride", "padding", "output_padding", "dilation", "groups")
 _BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normprop.errors import ConversionError, GraphError
+from normprop.errors import ConversionError, GraphError, first_line
 from normprop.graph.absorb import LINEAR_MAPS
-from normprop.graph.capture import Inputs, arguments, capture
+from normprop.graph.capture import Inputs, arguments, capture, require_shapes
 from normprop.graph.fold_check import check_guess, check_module, check_network
 from normprop.graph.fold_flow import Flow, GraphFlow, SequenceFlow
 from normprop.graph.fold_form import NoFormError, form
@@ -17,6 +17,8 @@ from normprop.graph.fold_merge import merge
 from normprop.graph.fold_probe import normalises
 from normprop.graph.fold_settle import settle
 from normprop.graph.fold_trace import Shape, ours
+from normprop.graph.node import leaves
+from normprop.graph.random_state import preserved
 from normprop.norms.kalman import KalmanBlock, KalmanResidual
 
 
@@ -44,8 +46,9 @@ def fold(net: nn.Module, x: Inputs | None = None) -> nn.Module:
         The folded network in evaluation mode, with the types, the device and ``requires_grad`` of the original.
 
     Raises:
-        ConversionError: if a module of normprop's has no plain form, or if the result, computed in float64, differs
-            from ``net.eval()`` by more than rounding.
+        ConversionError: if a module of normprop's has no plain form, if one is called from a list of Python's own, or
+            if the result, computed in float64, differs from ``net.eval()`` by more than rounding.
+        GraphError: if the network has parameters without a shape.
 
     Source:
         Ours; of batch norm into a convolution: Jacob et al. 2018.
@@ -62,6 +65,7 @@ def fold(net: nn.Module, x: Inputs | None = None) -> nn.Module:
           (1): Conv2d(8, 2, kernel_size=(3, 3), stride=(1, 1))
         )
     """
+    require_shapes(net)
     work, reference = _copy(net), _copy(net)
     inputs = None if x is None else pytree.tree_map(_widened, arguments(x))
     with torch.no_grad():
@@ -75,6 +79,7 @@ def fold(net: nn.Module, x: Inputs | None = None) -> nn.Module:
             check_guess(reference, plain)
         else:
             check_network(reference, plain, *inputs)
+    _require_registered(plain)
     return _restored(plain, net).eval()
 
 
@@ -108,12 +113,11 @@ def _shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if _foldable(module)]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with preserved(model):
             model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     except Exception as failure:
         raise ConversionError(
-            f"fold: {type(model).__name__} cannot run in float64 on the example input: "
-            f"{str(failure).strip().splitlines()[0]}"
+            f"fold: {type(model).__name__} cannot run in float64 on the example input: {first_line(failure)}"
         ) from failure
     finally:
         for hook in hooks:
@@ -197,6 +201,20 @@ def _substituted(model: nn.Module, forms: dict[int, nn.Module]) -> nn.Module:
                     module._modules[name] = last(child)
             waiting += module.children()
     return model
+
+
+def _require_registered(plain: nn.Module) -> None:
+    """Refuse a network that holds, beside its submodules, modules which folding has not reached."""
+    reached = {id(module) for module in plain.modules()}
+    for path, module in plain.named_modules():
+        for name, value in vars(module).items():
+            held = leaves(value) if name != "_modules" else ()
+            if any(isinstance(leaf, nn.Module) and id(leaf) not in reached and _foldable(leaf) for leaf in held):
+                place = f"{path}.{name}" if path else name
+                raise ConversionError(
+                    f"fold: {place} holds modules that are no submodules or have been folded elsewhere; use "
+                    f"nn.ModuleList or nn.ModuleDict"
+                )
 
 
 def _restored(plain: nn.Module, net: nn.Module) -> nn.Module:

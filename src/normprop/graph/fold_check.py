@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from normprop.errors import ConversionError
 from normprop.graph.fold_probe import shapes
 from normprop.graph.fold_trace import Shape
+from normprop.graph.random_state import preserved
 
 RTOL = 1e-9
 """Largest difference that counts as rounding in float64, relative to the largest value of the output."""
@@ -101,6 +102,5 @@ def check_module(path: str, module: nn.Module, plain: nn.Module, shape: Shape | 
 @torch.no_grad()
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = copy.deepcopy((args, kwargs))  # a network may overwrite its input
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with preserved(model, seed=0):
         return model(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from torch import fx, nn
 
+from normprop.errors import first_line
 from normprop.graph.absorb import LINEAR_MAPS
 from normprop.graph.fold_lower import lower
 from normprop.graph.fold_probe import probe
@@ -38,8 +39,9 @@ def form(module: nn.Module, shape: Shape | None) -> nn.Module:
         graph = Tracer(shape).trace(module)
         lowered = lower(module, graph)
     except Exception as failure:  # whatever a forward does that cannot be followed
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        raise NoFormError(f"it is no elementwise map, and its forward cannot be followed ({reason})") from failure
+        raise NoFormError(
+            f"it is no elementwise map, and its forward cannot be followed ({first_line(failure)})"
+        ) from failure
     for node in lowered.graph.nodes:
         if _looks(node):
             raise NoFormError("it normalises by statistics of its input, in evaluation too")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop.graph.absorb import LINEAR_MAPS
+from normprop.graph.absorb import LINEAR_MAPS, linear_inputs, linear_outputs
 from normprop.graph.fold_flow import Flow, Reader
 from normprop.graph.fold_lower import linear_map
 from normprop.graph.fold_parts import Affine, Floor, Part, as_floor
@@ -135,16 +135,6 @@ def _fits(linear: Any, channels: int, affine: Affine, axes: int | None) -> bool:
     if affine.scale.ndim == 0:
         return True
     return affine.scale.ndim == 1 and len(affine.scale) == channels and dims in (None, space)
-
-
-def linear_inputs(linear: Any) -> int:
-    """Channels that a linear map takes."""
-    return int(linear.in_features if isinstance(linear, nn.Linear) else linear.in_channels)
-
-
-def linear_outputs(linear: Any) -> int:
-    """Channels that a linear map gives."""
-    return int(linear.out_features if isinstance(linear, nn.Linear) else linear.out_channels)
 
 
 def scaled_outputs(linear: Any, affine: Affine) -> nn.Module:

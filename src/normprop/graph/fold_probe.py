@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normprop.graph.absorb import LINEAR_MAPS
 from normprop.graph.fold_parts import Affine
 from normprop.graph.fold_trace import Shape
+from normprop.graph.random_state import preserved
 
 _TOLERANCE = 1e-9
 
@@ -79,7 +80,7 @@ def _measure(module: nn.Module, shape: Shape) -> Affine | None:
     wide = noise.flip(-1).exp() * 7 - 3
     module = copy.deepcopy(module)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with preserved(module):
             shift, one, *outputs = (module(x.clone()) for x in (noise * 0, noise * 0 + 1, noise, wide))
     except Exception:  # whatever it says, it does not take such an input
         return None

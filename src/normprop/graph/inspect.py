@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from normprop.errors import ConfigError, GraphError
+from normprop.errors import ConfigError, GraphError, first_line
 from normprop.graph.call_site import CallSite
 from normprop.graph.capture import Inputs, arguments, capture
-from normprop.graph.measure import Run, preserved, run
+from normprop.graph.measure import Run, run
 from normprop.graph.node import Graph
 from normprop.graph.propagate import OnUnknown, propagate
+from normprop.graph.random_state import preserved
 from normprop.graph.site_table import table
 from normprop.graph.watch import Watch
 
@@ -167,7 +168,7 @@ def _backward(watch: Watch, done: Run, x: Inputs, loss: Loss | None) -> list[str
         torch.autograd.grad(value, done.starts, allow_unused=True)
     except RuntimeError as error:  # a forward that works in place where a derivative needs the old values
         watch.gradients.clear()
-        return [f"no gradients: {str(error).splitlines()[0]}"]
+        return [f"no gradients: {first_line(error)}"]
     return []
 
 

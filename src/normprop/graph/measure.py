@@ -1,13 +1,10 @@
 """Run a captured graph on real input, call by call, with the network left as it is."""
 
 import operator as python_operator
-import random as python_random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,7 +13,8 @@ from torch.utils import _pytree as pytree
 from normprop.errors import ConfigError, GraphError
 from normprop.graph.capture import Inputs, arguments
 from normprop.graph.node import Graph, Node, Ref, State, leaves, replace
-from normprop.graph.operators import execute
+from normprop.graph.operators import execute, operator, overwrite
+from normprop.graph.random_state import preserved
 from normprop.graph.rules import operator_rule, random
 from normprop.moments import Moments
 
@@ -166,18 +164,6 @@ def _resolver(graph: Graph) -> Resolve:
     return resolve
 
 
-def operator(overload: str) -> torch._ops.OpOverload:
-    """The operator of a full name.
-
-    Example:
-        >>> operator("aten.relu_.default")
-        <OpOverload(op='aten.relu_', overload='default')>
-    """
-    namespace, name, variant = overload.split(".")
-    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), name), variant)
-    return found
-
-
 def _call(node: Node, given: dict[str, Any], inplace: bool, module: Callable[[str], Callable[..., Any]]) -> Any:
     """The output of a node's own operator."""
     if node.op == "getitem":
@@ -189,9 +175,7 @@ def _call(node: Node, given: dict[str, Any], inplace: bool, module: Callable[[st
             return getattr(python_operator, node.op)(*given.values())
         if not inplace:
             return execute(node, given)
-        # The forms in place call their first argument by another name at times.
-        named = [*given.items()]
-        return operator(node.overload)(*(value for _, value in named[:1]), **dict(named[1:]))
+        return overwrite(node, given)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise GraphError(f"{node}: the captured call fails on the input ({type(error).__name__}: {error})") from error
 
@@ -226,25 +210,3 @@ def _depends(node: Node, given: dict[str, Any], dependent: set[int]) -> bool:
         return False
     through = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(given))
     return through or any(index in dependent for index in node.inputs)
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Put back all random states that a model may draw from.
-
-    Example:
-        >>> before = torch.get_rng_state()
-        >>> with preserved(nn.Dropout()):
-        ...     _ = torch.rand(1)
-        >>> torch.equal(torch.get_rng_state(), before)
-        True
-    """
-    states = python_random.getstate(), np.random.get_state()
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "cpu"}
-    kind = next((device.type for device in devices), "cuda")
-    try:
-        with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
-            yield
-    finally:
-        python_random.setstate(states[0])
-        np.random.set_state(states[1])

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Node:
         scopes: the modules whose calls it stands in, from the network to the innermost.
         source: file and line of the innermost code that is not torch's, and its text.
         inplace: the first argument was overwritten.
+        view: the output lies in the memory of an argument.
         moving: it depends on the network's input; set by :meth:`Graph.settled`.
 
     Example:
@@ -85,6 +87,7 @@ class Node:
     scopes: tuple[Scope, ...] = (Scope(""),)
     source: str = ""
     inplace: bool = False
+    view: bool = False
     moving: bool = False
 
     @property
@@ -147,10 +150,10 @@ class Graph:
                 index = holds[index]
             return index
 
-        def follow(leaf: Any) -> Any:
+        def follow(leaf: Any, sizes: bool = False) -> Any:
             if not isinstance(leaf, Ref):
                 return leaf
-            if number[leaf.index] in stale:
+            if number[leaf.index] in stale and not sizes:
                 raise GraphError(
                     f"{stale[number[leaf.index]]}: it overwrites a part of a tensor that is read again as a whole; "
                     f"write it without working in place"
@@ -162,20 +165,25 @@ class Graph:
             return node.index
 
         for node in self.nodes:
-            new = dataclasses.replace(node, index=len(made), args=replace(node.args, follow))
+            arguments = partial(follow, sizes=node.op.startswith("sym_"))
+            new = dataclasses.replace(node, index=len(made), args=replace(node.args, arguments))
             new.moving = node.op == "input" or any(made[source].moving for source in new.inputs)
             number[node.index] = append(new)
-            if node.op in _VIEWS and node.inputs:
-                viewed[new.index] = (number[node.inputs[0]], new)
+            first = next(iter(node.args.values()), None)
+            if node.view and isinstance(first, Ref):
+                seen = number[first.index]
+                # A part of several is a part of what they are parts of.
+                viewed[new.index] = (viewed[seen][0] if node.op == "getitem" and seen in viewed else seen, new)
             if node.overwrites is None or not new.moving:
                 continue
             part = number[node.overwrites]
             holds[latest(part)] = source = new.index
             while part in viewed:
                 whole, view = viewed[part]
-                if view.op not in ("slice", "select"):
+                if view.op not in ("slice", "select") or part in stale:
                     stale[whole] = node
-                    break
+                    part = whole
+                    continue
                 where = {name: value for name, value in view.args.items() if name != "self"}
                 args = {"self": Ref(latest(whole)), "src": Ref(source), **where}
                 name = f"{view.op}_scatter"
@@ -206,8 +214,16 @@ class Graph:
         return value
 
 
-# Operators whose output shares the memory of their input.
-_VIEWS = {"view", "select", "slice", "narrow", "transpose", "permute", "squeeze", "unsqueeze", "expand", "t", "unfold"}
+def memory(value: Any) -> set[int]:
+    """Identities of the memory that tensors lie in.
+
+    Example:
+        >>> x = torch.zeros(2, 3)
+        >>> memory(x) == memory(x.mT), memory(x) == memory(x + 1)
+        (True, False)
+    """
+    tensors = (leaf for leaf in leaves(value) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def leaves(value: Any) -> Iterator[Any]:

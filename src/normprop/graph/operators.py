@@ -46,7 +46,6 @@ def bind(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 def execute(node: Node, arguments: dict[str, Any]) -> Any:
     """Call a node's operator, in the form that overwrites nothing, on other arguments of the same names."""
     function: Callable[..., Any] = functional(node.overload)
-    # The forms in place call their first argument by another name at times.
     if not arguments:
         return function()
     first, *rest = arguments
@@ -55,10 +54,23 @@ def execute(node: Node, arguments: dict[str, Any]) -> Any:
 
 def overwrite(node: Node, arguments: dict[str, Any]) -> Any:
     """Call a node's operator as it is, in place."""
-    namespace, name, variant = node.overload.split(".")
+    if not arguments:
+        return operator(node.overload)()
+    # The forms in place call their first argument by another name at times.
     first, *rest = arguments
-    function = getattr(getattr(getattr(torch.ops, namespace), name), variant)
-    return function(arguments[first], **{name: arguments[name] for name in rest})
+    return operator(node.overload)(arguments[first], **{name: arguments[name] for name in rest})
+
+
+def operator(overload: str) -> torch._ops.OpOverload:
+    """The operator of a full name.
+
+    Example:
+        >>> operator("aten.relu_.default")
+        <OpOverload(op='aten.relu_', overload='default')>
+    """
+    namespace, name, variant = overload.split(".")
+    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), name), variant)
+    return found
 
 
 def functional(overload: str) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from normprop.graph.program import mixed
 from normprop.graph.propagate import OnUnknown, Propagation, propagate
 from normprop.graph.report import ConversionReport, SiteReport
 from normprop.graph.rules import module_rule
-from normprop.graph.sites import Site, find, normalised
+from normprop.graph.sites import Site, find, has_statistics, normalised
 from normprop.moments import Moments
 
 Weights = Literal["fresh", "exact", "rescale"]
@@ -159,7 +159,7 @@ def analyze(model: nn.Module, x: Inputs, **options: Any) -> Plan:
             continue
         selected.append(site)
         _decide(graph, site, entry, chosen, absorbed)
-    _never_called(model, found, chosen, report)
+    _left(graph, found, report)
     graph = normalised(graph, selected)
     plan = Plan(model, x, chosen, graph, None, selected, absorbed, report)
     if chosen.to == "normprop" and chosen.weights != "exact":
@@ -189,13 +189,19 @@ def _decide(
         entry.action, entry.into = "replaced", options.to
 
 
-def _never_called(model: nn.Module, found: list[Site], options: Options, report: ConversionReport) -> None:
-    """Say which batch norms the example input never reaches."""
-    known = {id(model.get_submodule(site.path)) for site in found}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in known:
-            report.sites.append(SiteReport(path, type(module).__name__, "batch norm", module.num_features, 0, "kept",
-                                           reason="the example input never reaches it"))  # fmt: skip
+def _left(graph: Graph, found: list[Site], report: ConversionReport) -> None:
+    """Say which batch norms the example input never reaches, and what has running statistics without being one."""
+    known = {id(graph.model.get_submodule(site.path)) for site in found}
+    scopes = {scope.path for node in graph.nodes for scope in node.scopes}
+    reached = {id(module) for path, module in graph.model.named_modules(remove_duplicate=False) if path in scopes}
+    for path, module in graph.model.named_modules():
+        one = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if id(module) in known or not (one or has_statistics(module)):
+            continue
+        channels = module.num_features if one else len(module.running_mean)  # type: ignore[arg-type]
+        kind = "batch norm" if one else "running statistics"
+        reason = "it is not batch norm in evaluation" if id(module) in reached else "the example input never reaches it"
+        report.sites.append(SiteReport(path, type(module).__name__, kind, channels, 0, "kept", reason=reason))  # type: ignore[arg-type]
 
 
 def _predict(graph: Graph, options: Options, x: Inputs) -> Propagation:

@@ -69,24 +69,31 @@ def propagate(
     values: dict[int, Any] = {}
     unknown: dict[int, str] = {}
     position = 0
+    device = _device(graph.model)
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "input":
                 moments = (given or {}).get(position) or Moments(0.0, 1.0)
                 position += 1
-                values[node.index] = input_signal(node, moments)
+                values[node.index] = input_signal(node, moments).to(device)
                 continue
             try:
-                values[node.index] = evaluate(node, graph.state, graph.model.get_submodule, values)
+                value = evaluate(node, graph.state, graph.model.get_submodule, values)
             except UnknownOperatorError as error:
                 if on_unknown == "error":
                     raise
-                values[node.index], unknown[node.index] = _unknown(node, values, on_unknown, measure, error)
+                value, unknown[node.index] = _unknown(node, values, on_unknown, measure, error)
+            values[node.index] = replace(value, lambda leaf: leaf.to(device) if isinstance(leaf, Signal) else leaf)
     return Propagation(values, unknown)
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Where a network works out its values: with its parameters."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def input_signal(node: Node, moments: Moments) -> Any:
-    """The signal of an input; integers have no moments and stand for themselves."""
+    """The signal of an input; integers have no moments, zeros stand for them."""
     assert node.shape is not None
     if node.dtype is not None and not node.dtype.is_floating_point:
         return torch.zeros(node.shape, dtype=node.dtype)
@@ -148,7 +155,7 @@ def evaluate(
         raise
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise GraphError(f"{node}: its rule failed ({type(error).__name__}: {error})") from error
-    return _finished(answer, node)
+    return _finished(answer, node, call.inputs[0].mean.device if call.inputs else None)
 
 
 _HINT = (
@@ -157,13 +164,17 @@ _HINT = (
 )
 
 
-def _finished(answer: Any, node: Node, output: int = 0) -> Any:
+def _finished(answer: Any, node: Node, device: torch.device | None = None, output: int = 0) -> Any:
+    """An answer as signals of a node, on the device of the node's inputs."""
     if isinstance(answer, (tuple, list)):
-        return type(answer)(_finished(part, node, position) for position, part in enumerate(answer))
+        return type(answer)(_finished(part, node, device, position) for position, part in enumerate(answer))
     if isinstance(answer, Moments):
         assert node.shape is not None
         answer = Signal.of(answer.mean, answer.var, node.shape, axis=1 if len(node.shape) > 1 else None)
-    return answer.bounded(_LARGEST).made_by(node.index, output) if isinstance(answer, Signal) else answer
+    if not isinstance(answer, Signal):
+        return answer
+    answer = answer if device is None else answer.to(device)
+    return answer.bounded(_LARGEST).made_by(node.index, output)
 
 
 # Moments of one call; more of them, as of every token of an attention map, take time and tell little.
@@ -198,8 +209,9 @@ def _unknown(
         for leaf in leaves(replace(node.args, lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf))
         if isinstance(leaf, Signal)
     ]
+    if node.shape is None or not signals:
+        what = "returns several tensors" if node.shape is None else "takes no tensor with moments to pass on"
+        raise GraphError(f"{node}: it {what} and has no rule; {_HINT}") from error
     first = signals[0].overall()
-    if node.shape is None:
-        raise GraphError(f"{node}: it returns several tensors and has no rule; {_HINT}") from error
     warnings.warn(f"{node}: no rule; its first input's overall moments stand for its output's", stacklevel=4)
     return _finished(Signal.of(first.mean, first.var, node.shape), node), "passed with its input's moments"

@@ -14,8 +14,8 @@ from torch.nn.modules import module as hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normprop.errors import GraphError
-from normprop.graph.node import Graph, Node, Ref, Scope, State, replace
+from normprop.errors import GraphError, first_line
+from normprop.graph.node import Graph, Node, Ref, Scope, State, memory, replace
 from normprop.graph.operators import bind, describe
 
 
@@ -47,10 +47,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note
         with recorder.scopes(), torch.no_grad(), recorder:
             output = model(*args, **kwargs)
     except Exception as failure:
-        lines = str(failure).strip().splitlines()
         where = recorder.stack[-1]
         raise GraphError(
-            f"{type(model).__name__} cannot run on the example input: {where}: {lines[0] if lines else repr(failure)}"
+            f"{type(model).__name__} cannot run on the example input: {where}: {first_line(failure)}"
         ) from failure
     finally:
         with torch.no_grad():
@@ -96,7 +95,9 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def add(self, op: str, overload: str, args: dict[str, Any], output: Any, inplace: bool = False) -> int:
+    def add(
+        self, op: str, overload: str, args: dict[str, Any], output: Any, inplace: bool = False, view: bool = False
+    ) -> int:
         """Write one node and remember its output."""
         index = len(self.nodes)
         tensor = output if isinstance(output, Tensor) else None
@@ -111,6 +112,7 @@ class _Recorder(TorchDispatchMode):
                 tuple(self.stack[1:]) or (Scope(""),),
                 _source() if overload else "",
                 inplace,
+                view,
             )
         )
         if tensor is not None:
@@ -132,11 +134,12 @@ class _Recorder(TorchDispatchMode):
         op, overload, inplace = describe(func)
         if isinstance(output, Tensor) and any(output is leaf for leaf in args) and not inplace:
             return output
-        whole = self.add(op, overload, recorded, output, inplace)
+        view = not inplace and any(memory(output) & memory(leaf) for leaf in args[:1])
+        whole = self.add(op, overload, recorded, output, inplace, view)
         if isinstance(output, (tuple, list)):
             for position, part in enumerate(output):
                 if isinstance(part, Tensor):
-                    self.add("getitem", "", {"0": Ref(whole), "1": position}, part)
+                    self.add("getitem", "", {"0": Ref(whole), "1": position}, part, view=view)
         return output
 
 

@@ -1,17 +1,16 @@
 """Repeatable runs of copies of a model, which leave the model and the random state as they were."""
 
 import copy
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normprop.errors import ConfigError
+from normprop.errors import ConfigError, first_line
+from normprop.graph.random_state import accelerators, preserved, start
 from normprop.graph.sample_trace import Shapes, Trace
 from normprop.graph.samples import double, growing, map_tensors, tensors
 
@@ -39,7 +38,9 @@ class Run:
             try:  # not torch.autograd.grad, which reentrant checkpointing refuses
                 torch.autograd.backward(outputs, seeds, retain_graph=True)
             except RuntimeError as error:
-                raise ConfigError(f"batch_dependence: the model cannot be differentiated: {_line(error)}") from error
+                raise ConfigError(
+                    f"batch_dependence: the model cannot be differentiated: {first_line(error)}"
+                ) from error
         return [tensor.grad for tensor in by]
 
 
@@ -79,7 +80,7 @@ class Runner:
             except Exception as error:
                 raise ConfigError(
                     f"batch_dependence: {self.name} cannot be copied to {dtype}, and the model itself must stay as it "
-                    f"is; make copy.deepcopy(model) work: {_line(error)}"
+                    f"is; make copy.deepcopy(model) work: {first_line(error)}"
                 ) from error
 
     def run(self, input: tuple[Tensor, ...], trace: Trace | None = None) -> Run:
@@ -97,13 +98,13 @@ class Runner:
         arguments = [tensor.clone() for tensor in leaves]  # which the model may change in place
         if trace is not None:
             trace.follow(model)
-        _seed()
+        start(0, accelerators(self.model, *self.input))
         try:
             output = model(*arguments, **copy.deepcopy(self.kwargs))
         except Exception as error:
             raise ConfigError(
                 f"batch_dependence: {self.name} cannot run on x in {self.dtype}; if it runs in one floating point "
-                f"type alone, pass dtype=torch.float32: {_line(error)}"
+                f"type alone, pass dtype=torch.float32: {first_line(error)}"
             ) from error
         outputs = tensors(output)
         if trace is None and any(tensor.isnan().any() for tensor in outputs):
@@ -129,30 +130,10 @@ class Runner:
     @contextmanager
     def repeatable(self) -> Iterator[None]:
         """Put back all random states, and the modes of torch that runs need, in the end."""
-        states, default = (random.getstate(), np.random.get_state()), torch.get_default_dtype()
-        devices = {t.device for t in (*self.model.parameters(), *self.input) if t.device.type not in ("cpu", "meta")}
-        kind = next((device.type for device in devices), "cuda")
-        indices = [device.index or 0 for device in devices]
+        default = torch.get_default_dtype()
         try:
-            with (
-                torch.random.fork_rng(indices, device_type=kind),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):
+            with preserved(self.model, *self.input), torch.inference_mode(False), torch.enable_grad():
                 torch.set_default_dtype(self.dtype)  # for tensors that a forward makes
                 yield
         finally:
             torch.set_default_dtype(default)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _seed() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -130,16 +130,29 @@ class Signal:
         while mean.numel() > limit:
             axis = next(axis for axis in order if mean.shape[axis] > 1)
             axes.append(axis)
-            mean, var = _averaged(mean, var, axis)
+            mean, var = averaged(mean, var, axis)
         if not axes:
             return self
         origin = self.origin
         if origin is not None:
             middle, spread = torch.broadcast_tensors(origin.mean, origin.var)
             for axis in axes:
-                middle, spread = _averaged(middle, spread, axis)
+                middle, spread = averaged(middle, spread, axis)
             origin = replace(origin, mean=middle, var=spread, source=None)
         return Signal(mean, var, self.shape, repeat=self.repeat, origin=origin, simplex=self.simplex)
+
+    def to(self, device: torch.device) -> "Signal":
+        """The same signal with its moments on another device."""
+        if self.mean.device == self.var.device == device:
+            return self
+        parts = {
+            source: (weight.to(device) if isinstance(weight, Tensor) else weight, var.to(device))
+            for source, (weight, var) in self.parts.items()
+        }
+        origin = self.origin
+        if origin is not None:
+            origin = replace(origin, mean=origin.mean.to(device), var=origin.var.to(device))
+        return replace(self, mean=self.mean.to(device), var=self.var.to(device), parts=parts, origin=origin)
 
     def channels(self, axis: int) -> tuple[Tensor, Tensor]:
         """Mean and variance per element of one axis, over the data and all other axes; vectors of the axis' length."""
@@ -158,10 +171,10 @@ class Signal:
             return Moments(float(mean.mean()), float(var.mean() + mean.var(correction=0)))
 
 
-def _averaged(mean: Tensor, var: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Moments over one axis more; it stays with length 1."""
-    average = mean.mean(axis, keepdim=True)
-    return average, var.mean(axis, keepdim=True) + (mean - average).square().mean(axis, keepdim=True)
+def averaged(mean: Tensor, var: Tensor, axes: int | list[int]) -> tuple[Tensor, Tensor]:
+    """Moments of one shape over some axes more, which stay with length 1; what differs along them becomes variance."""
+    average = mean.mean(axes, keepdim=True)
+    return average, var.mean(axes, keepdim=True) + (mean - average).square().mean(axes, keepdim=True)
 
 
 def add(one: Signal, other: Signal, weight: float | Tensor, shape: tuple[int, ...]) -> Signal:

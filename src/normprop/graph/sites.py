@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normprop.graph.contract import calls, enters, leaves_from
 from normprop.graph.node import Graph, Node, Ref, State
+from normprop.graph.random_state import preserved
 
 BATCH_NORMS = frozenset({"batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm",
                          "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update",
@@ -164,37 +165,37 @@ def _tail(graph: Graph, output: int, members: list[int]) -> tuple[int, ...]:
     return tuple(chain[1:])
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module holds a running mean and variance for each channel.
+
+    Example:
+        >>> has_statistics(nn.BatchNorm1d(2)), has_statistics(nn.BatchNorm1d(2, track_running_stats=False))
+        (True, False)
+    """
+    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    return isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.ndim == 1 and mean.shape == var.shape
+
+
 def _frozen(graph: Graph, sites: dict[str, Site]) -> None:
     """Add modules that hold running statistics and apply them without calling a batch norm."""
 
-    def holds(module: nn.Module) -> bool:
-        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-        return isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.ndim == 1 and mean.shape == var.shape
-
-    for scope, members in calls(graph, holds):
-        if scope.path in sites or any(graph.nodes[index].op in BATCH_NORMS for index in members):
+    for scope, members in calls(graph, has_statistics):
+        path = _first_path(graph, scope.path)
+        if any(graph.nodes[index].op in BATCH_NORMS for index in members):
             continue
-        module = graph.model.get_submodule(scope.path)
+        module = graph.model.get_submodule(path)
         inputs, outputs = enters(graph, members), leaves_from(graph, members)
         if len(inputs) != 1 or len(outputs) != 1:
             continue
-        shape = graph.nodes[inputs[0]].shape or ()
-        eps = _frozen_eps(module, shape)
-        if eps is None:
-            continue
-        weight, bias, mean, var = (getattr(module, name, None) for name in _OPERANDS)
-        site = Site(
-            scope.path,
-            "frozen batch norm",
-            shape[1],
-            eps,
-            weight,
-            bias,
-            mean,
-            var,
-            source=graph.nodes[members[0]].source,
-        )
-        sites.setdefault(scope.path, site).places.append(Place(inputs[0], outputs[0]))
+        if path not in sites:
+            shape = graph.nodes[inputs[0]].shape or ()
+            eps = _frozen_eps(module, shape)
+            if eps is None:
+                continue
+            weight, bias, mean, var = (getattr(module, name, None) for name in _OPERANDS)
+            source = graph.nodes[members[0]].source
+            sites[path] = Site(path, "frozen batch norm", shape[1], eps, weight, bias, mean, var, source=source)
+        sites[path].places.append(Place(inputs[0], outputs[0]))
 
 
 @torch.no_grad()
@@ -204,13 +205,13 @@ def _frozen_eps(module: nn.Module, shape: tuple[int, ...]) -> float | None:
     channels = probe.running_mean.numel()
     if len(shape) < 2 or shape[1] != channels:
         return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        x = torch.randn(2, channels, *[min(size, 3) for size in shape[2:]], dtype=torch.float64)
-        x = x.to(probe.running_mean.device)
+    sizes = 2, channels, *(min(size, 3) for size in shape[2:])
+    x = torch.randn(sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.to(probe.running_mean.device)
     try:
-        output = probe(x)
-    except RuntimeError:
+        with preserved(probe):
+            output = probe(x)
+    except Exception:  # whatever it says, it takes more than one tensor, or others
         return None
     if not isinstance(output, Tensor) or output.shape != x.shape:
         return None

@@ -11,8 +11,9 @@ from normprop.errors import ConfigError
 from normprop.models.lstm import lstm
 from normprop.models.mlp import mlp
 from normprop.models.nin import nin
-from normprop.models.resnet import resnet
+from normprop.models.resnet import resnet, resnet18
 from normprop.models.two_view import two_view
+from normprop.models.unet import unet
 from normprop.models.vit import vit
 
 
@@ -20,15 +21,16 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
     """Build a network by name for samples of a given shape.
 
     Args:
-        name: ``"nin"``, ``"mlp"``, ``"vit"``, ``"two-view"``, ``"lstm"``, ``"resnet8"``, ``"resnet14"``, ... or your
-            own ``"package.module:factory"``: called as ``factory(norm=...)``, with the current directory importable.
-        shape: shape of a sample, (C, H, W) or (F,).
+        name: ``"nin"``, ``"mlp"``, ``"vit"``, ``"two-view"``, ``"lstm"``, ``"resnet18"``, ``"resnet8"``,
+            ``"resnet14"``, ..., ``"unet3d"`` or your own ``"package.module:factory"``: called as ``factory(norm=...)``,
+            with the current directory importable.
+        shape: shape of a sample, (C, H, W), (F,), or (C, D, H, W) for ``"unet3d"``.
         num_classes: number of outputs.
         norm: name of the method (:func:`normprop.norms.names`).
         width: multiplies the number of channels or hidden features of a reference network.
 
     Returns:
-        A network from (N, *shape) to logits (N, num_classes).
+        A network from (N, *shape) to logits (N, num_classes), of ``"unet3d"`` (N, num_classes, D, H, W).
 
     Raises:
         ConfigError: for an unknown name, or samples that the network cannot take.
@@ -41,12 +43,16 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
         return _own(name, norm)
     if name == "mlp":
         return mlp(shape, num_classes, norm=norm, width=width)
-    known = re.fullmatch(r"nin|vit|two-view|lstm|resnet(\d+)", name)
+    known = re.fullmatch(r"nin|vit|two-view|lstm|unet3d|resnet(\d+)", name)
     if known is None:
         raise ConfigError(
-            f"no model {name!r}; there are nin, mlp, vit, two-view, lstm, resnet8, resnet14, ... and "
+            f"no model {name!r}; there are nin, mlp, vit, two-view, lstm, unet3d, resnet18, resnet8, resnet14, ... and "
             "package.module:factory"
         )
+    if name == "unet3d":
+        if len(shape) != 4:
+            raise ConfigError(f"model 'unet3d' takes volumes (C, D, H, W), but samples have shape {tuple(shape)}")
+        return unet(shape[0], num_classes, norm=norm, width=width)
     if len(shape) != 3:
         raise ConfigError(f"model {name!r} takes images (C, H, W), but samples have shape {tuple(shape)}; use mlp")
     if name == "nin":
@@ -57,6 +63,8 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
         return two_view(shape[0], num_classes, norm=norm, width=width)
     if name == "vit":
         return vit(shape, num_classes, norm=norm, width=width)
+    if name == "resnet18":
+        return resnet18(shape[0], num_classes, norm=norm, width=width)
     return resnet(int(known[1]), shape[0], num_classes, norm=norm, width=width)
 
 

@@ -4,13 +4,46 @@ One filter spans ``in_channels / groups`` channels and the kernel. Zero padding 
 input.
 """
 
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normprop.fused_layer import Convolution
 from normprop.nn.layer import NormPropLayer
 
 
 class _ConvLayer(NormPropLayer):
     """The linear map, shared by the three dimensions."""
+
+    _reversed_padding_repeated_twice: list[int]  # torch's: before and after, last axis first
+    padding_mode: Any
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._ndims = cls._spatial_dims + 1, cls._spatial_dims + 2
+
+    @property
+    def _own_padding(self) -> tuple[int, ...] | None:
+        """Zeros on either side that the convolution adds by itself, or ``None``."""
+        sides = self._reversed_padding_repeated_twice
+        padding = tuple(sides[-2::-2])
+        return padding if self.padding_mode == "zeros" and padding == tuple(sides[::-2]) else None
+
+    @property
+    def _convolution(self) -> Convolution:
+        padding = self._own_padding or (0,) * self._spatial_dims
+        return Convolution(self.stride, padding, self.dilation, self.groups)
+
+    def _batched(self, input: Tensor) -> Tensor:
+        if input.ndim == self._spatial_dims + 1:
+            input = input.unsqueeze(0)
+        if self._own_padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+        return input
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         output: Tensor = self._conv_forward(input, weight, bias)  # type: ignore[operator]

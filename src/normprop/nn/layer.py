@@ -10,6 +10,7 @@ batch statistics, train() equals eval(), and a sample's output never depends on 
 
 import inspect
 import math
+from collections.abc import Container
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,20 @@ from normprop.functional import (
     normalize_weight,
 )
 from normprop.fused import at_least_float32, filter_statistics, filters, rescale
+from normprop.fused_layer import (
+    Constants,
+    Convolution,
+    Filters,
+    Prepared,
+    available,
+    filters_of,
+    fixed_constants,
+    layer,
+    live_constants,
+    prepare,
+)
 from normprop.moments import Activation, Moments
+from normprop.nn.known import Known, know
 
 Gain = float | Literal["jacobian"]
 
@@ -50,6 +64,8 @@ class NormPropLayer(nn.Module):
     groups: Any = 1
     _transposed: bool = False
     _spatial_dims: int = 0
+    _known: Known | None = None
+    _ndims: Container[int] = ()  # of inputs for which the layer may run as one function
 
     def __init__(
         self,
@@ -118,8 +134,8 @@ class NormPropLayer(nn.Module):
 
     def _constants(self, rule: M.Rule) -> Normalization:
         """Work out what surrounds the linear map."""
-        known = self._standard if self.moments == "fixed" else None
-        return normalization(rule, self.gain, self.bias, known or self.moments)
+        standard = self._standard if self.moments == "fixed" else None
+        return normalization(rule, self.gain, self.bias, standard or self.moments)
 
     def _effective(self, constants: Normalization) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain linear map, in the type of the weight."""
@@ -131,10 +147,91 @@ class NormPropLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Apply the layer; the arguments are those of torch's own class."""
+        if not args and not torch.compiler.is_compiling() and self._takes(input):
+            prepared = self._still_known()
+            if prepared is not None:
+                return self._shaped(layer(self._batched(input), self.weight, self.gain, self.bias, prepared), input)
+            if self.fusable:
+                return self._fused(input)
         rule = M.resolve(self.activation)
         constants = self._constants(rule)
         output = self._linear(input, *self._effective(constants), *args)
         return activate(output, rule, constants, self._spatial_dims)
+
+    def _still_known(self) -> Prepared | None:
+        """What the constraint noted in training, if the parameters are as they were; an average of them is not."""
+        known = self._known
+        if known is None or not self.training or not known.holds(self.weight, self.gain, self.bias):
+            return None
+        return known.prepared
+
+    def _takes(self, input: Tensor) -> bool:
+        """Whether the layer may run as one function on an input."""
+        return available(input) and input.ndim in self._ndims
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the layer may run as one function: it is not transposed, its parameters are plain tensors."""
+        return not self._transposed and available(self.weight, self.gain, self.bias)
+
+    def _fused(self, input: Tensor) -> Tensor:
+        """Apply the layer, but for an activation other than ReLU, as one function."""
+        rule = M.resolve(self.activation)
+        rows = self._batched(input)
+        filters = filters_of(self.weight, self.center)
+        if rule.name in ("relu", "identity"):
+            prepared = prepare(filters, self.own_constants(self.gain, self.bias), self.center, self._convolution)
+            return self._shaped(layer(rows, self.weight, self.gain, self.bias, prepared), input)
+        normal = self._constants(rule)
+        prepared = prepare(filters, Constants(normal.scale, normal.shift, None, 1.0), self.center, self._convolution)
+        output = self._shaped(layer(rows, self.weight, normal.scale, normal.shift, prepared), input)
+        return activate(output, rule, normal, self._spatial_dims)
+
+    def know(self, filters: Filters, constants: Constants) -> None:
+        """Note what is known of the parameters as they are now, for the forward passes before they change.
+
+        Args:
+            filters: what is known of the weight.
+            constants: those of the gain and the bias, of a ReLU layer.
+        """
+        prepared = prepare(filters, constants, self.center, self._convolution)
+        self.__dict__["_known"] = know(self.weight, self.gain, self.bias, prepared)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is known: a copy finds it out anew."""
+        return {**self.__dict__, "_known": None}
+
+    def own_constants(self, gain: Tensor, bias: Tensor | None) -> Constants:
+        """Work out the constants of a layer with this one's settings, of ReLU or without activation.
+
+        Args:
+            gain: gamma, (out,).
+            bias: beta, (out,), or ``None``.
+
+        Returns:
+            What :func:`normprop.fused_layer.prepare` takes.
+        """
+        if M.resolve(self.activation).name == "identity":
+            return Constants(gain.detach(), torch.zeros_like(gain) if bias is None else bias.detach(), None, 1.0)
+        if self.moments == "live":
+            return live_constants(gain, bias)
+        assert self._standard is not None
+        return fixed_constants(gain, bias, float(self._standard.mean), float(self._standard.var) ** 0.5)
+
+    def _shaped(self, output: Tensor, input: Tensor) -> Tensor:
+        """Give an output of :meth:`_batched` the leading axes of the input."""
+        if input.ndim == self._spatial_dims + 2:
+            return output
+        return output.reshape(*input.shape[: input.ndim - 1 - self._spatial_dims], *output.shape[1:])
+
+    @property
+    def _convolution(self) -> Convolution | None:
+        """The numbers of a convolution of what :meth:`_batched` returns."""
+        return None
+
+    def _batched(self, input: Tensor) -> Tensor:
+        """Input with one batch axis, padded where the convolution does not pad by itself."""
+        raise NotImplementedError
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
         raise NotImplementedError

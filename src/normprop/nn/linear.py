@@ -36,5 +36,10 @@ class Linear(NormPropLayer, nn.Linear):
         torch.Size([1, 2])
     """
 
+    _ndims = range(1, 26)
+
+    def _batched(self, input: Tensor) -> Tensor:
+        return input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
+
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(input, weight, bias)

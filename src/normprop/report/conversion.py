@@ -2,15 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
-from normprop.errors import requires
 from normprop.graph.report import ConversionReport, SiteReport
-from normprop.report.template import template
-
-with requires("report"):
-    from markupsafe import Markup
+from normprop.report.template import asset, template
 
 Row = dict[str, Any]
 _WORDS = {
@@ -62,8 +57,8 @@ def page(report: ConversionReport) -> str:
             name: any(getattr(site, name) not in (None, "") for site in report.sites) for name in ("std", "correction")
         }
         | {"calls": any(site.calls != 1 for site in report.sites)},
-        style=Markup(_asset("page.css") + _asset("conversion.css")),
-        script=Markup(_asset("conversion.js")),
+        style=asset("page.css") + asset("conversion.css"),
+        script=asset("conversion.js"),
     )
 
 
@@ -186,8 +181,3 @@ def _source(source: str) -> str:
     """File name, line number and code; without the folders of one machine."""
     place, colon, code = source.partition(": ")
     return place.replace("\\", "/").rpartition("/")[2] + colon + code
-
-
-def _asset(name: str) -> str:
-    """A file of our own that goes into the page as it is."""
-    return (files("normprop.report") / "assets" / name).read_text(encoding="utf-8")

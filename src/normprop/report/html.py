@@ -1,6 +1,5 @@
 """The report of a comparison: one HTML file that opens from disk and loads nothing."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,11 @@ from normprop.files import write_whole
 from normprop.report import curves, dots, figures, summary
 from normprop.report.marks import SHAPES, marks
 from normprop.report.results import Results, read
-from normprop.report.template import template
+from normprop.report.template import asset, template
 
 with requires("report"):
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
-
-_ASSETS = files("normprop.report") / "assets"
 
 
 def write(document: dict[str, Any], path: Path) -> Path:
@@ -84,8 +81,8 @@ def _render(results: Results) -> str:
             "colors": [mark.color for mark in styles],
             "hidden": hidden,
         },
-        style=_asset("page.css"),
-        script=_asset("page.js"),
+        style=asset("page.css"),
+        script=asset("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -97,8 +94,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _asset(name: str) -> Markup:
-    """A file of our own that goes into the page as it is."""
-    return Markup((_ASSETS / name).read_text(encoding="utf-8"))

@@ -1,13 +1,12 @@
 """The page of an inspection: how the signal travels through a network, as plots against depth and as a table."""
 
 import math
-from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
 from normprop.errors import requires
 from normprop.graph import site_table as text
-from normprop.report.template import template
+from normprop.report.template import asset, template
 from normprop.report.traces import safe, short
 
 with requires("report"):
@@ -41,8 +40,8 @@ def page(document: Row) -> str:
         facts=_facts(document),
         groups=_groups(document),
         payload={"traces": traces(document), "stages": stages(document)},
-        style=Markup(_asset("page.css") + _asset("inspection.css")),
-        script=Markup(_asset("inspection.js")),
+        style=asset("page.css") + asset("inspection.css"),
+        script=asset("inspection.js"),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -166,8 +165,3 @@ def _finite(value: float | str | None) -> float | None:
 def _positive(value: float | str | None) -> float | None:
     """A number to draw on a logarithmic axis."""
     return _finite(value) if isinstance(value, float) and value > 0 else None
-
-
-def _asset(name: str) -> str:
-    """A file of our own that goes into the page as it is."""
-    return (files("normprop.report") / "assets" / name).read_text(encoding="utf-8")

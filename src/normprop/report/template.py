@@ -1,11 +1,23 @@
 """The pages' templates."""
 
+from importlib.resources import files
 from typing import Any
 
 from normprop.errors import requires
 
 with requires("report"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+    from markupsafe import Markup
+
+
+def asset(name: str) -> Markup:
+    """A file of our own that goes into a page as it is.
+
+    Example:
+        >>> str(asset("page.css")[:5])
+        ':root'
+    """
+    return Markup((files("normprop.report") / "assets" / name).read_text(encoding="utf-8"))
 
 
 def template(name: str, **filters: Any) -> Template:

@@ -17,7 +17,7 @@ from normprop.training.config import TrainConfig
 from normprop.training.divergence import LossWatch
 from normprop.training.groups import parameter_groups
 from normprop.training.records import EpochRecord
-from normprop.training.unit_norm import constrain
+from normprop.training.unit_norm import constrain, recognize
 
 with requires("train"):
     from lightning_fabric import Fabric
@@ -232,6 +232,8 @@ class Run:
             KeyError, RuntimeError, ValueError: torch's own, for the state of another network.
         """
         self.model.load_state_dict(state["model"])
+        if self.config.unit_norm:
+            recognize(self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.order.set_state(state["order"])

@@ -1,12 +1,18 @@
 """The unit-norm constraint: after each update every filter of a NormProp layer goes back to length 1."""
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from normprop import moments as M
+from normprop.fused_layer import Filters, as_rows, normalize_rows_, unit_filters
 from normprop.nn import NormPropLayer
+from normprop.nn.known import constants_together
 
 
 def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
@@ -40,22 +46,86 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         True
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    # By weight, so that a weight which several layers share is rescaled once.
-    layers = {
-        id(layer.weight): layer
-        for layer in model.modules()
-        if isinstance(layer, NormPropLayer) and id(layer.weight) in held
-    }
-    for layer in layers.values():
-        layer.normalize_weight_()
+    layers = [layer for layer in model.modules() if isinstance(layer, NormPropLayer) and id(layer.weight) in held]
+    for group in _grouped(layers):
+        group.normalize()
+    groups: dict[tuple[NormPropLayer, ...], list[_Group]] = {}
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers skip inside their kernel: a GradScaler calls step() all the same and sets found_inf.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
-        for layer in layers.values():
-            if layer.weight.grad is not None:
-                layer.normalize_weight_()
+        moved = tuple(layer for layer in layers if layer.weight.grad is not None)
+        if moved not in groups:  # the same layers at almost every step
+            groups.clear()
+            groups[moved] = _grouped(moved)
+        for group in groups[moved]:
+            group.normalize()
 
     return optimizer.register_step_post_hook(after_step)
+
+
+@torch.no_grad()
+def recognize(model: nn.Module) -> None:
+    """Take the weights of a loaded state as they are: of unit length, as the constraint left them when it was saved.
+
+    Without this they would be measured, and found to be a rounding error away from it, until the next step.
+
+    Args:
+        model: the network.
+
+    Example:
+        >>> from normprop.nn import Linear
+        >>> model = Linear(2, 2, center=False)
+        >>> _ = model.load_state_dict({"weight": torch.eye(2), "gain": torch.ones(2), "bias": torch.zeros(2)})
+        >>> recognize(model)
+        >>> model(torch.tensor([[1.0, 2.0]])).tolist()
+        [[1.0, 2.0]]
+    """
+    for group in _grouped(module for module in model.modules() if isinstance(module, NormPropLayer)):
+        if group.layers[0].fusable:
+            group.note([unit_filters(as_rows(layer.weight)) for layer in group.layers])
+
+
+class _Group(NamedTuple):
+    """Layers whose parameters are of one kind, normalised together."""
+
+    layers: list[NormPropLayer]  # one for each weight
+    centers: list[bool]
+    known: list[list[tuple[int, NormPropLayer]]]  # those of one rule and kind of moments, and where their weight is
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Normalise the weights."""
+        if not self.layers[0].fusable:
+            for layer in self.layers:
+                layer.normalize_weight_()
+            return
+        self.note(normalize_rows_([as_rows(layer.weight) for layer in self.layers], self.centers))
+
+    def note(self, filters: list[Filters]) -> None:
+        """Work out what the next forward passes need."""
+        for alike in self.known:
+            parameters = [(layer.gain, layer.bias) for _, layer in alike]
+            together = constants_together(parameters, alike[0][1].own_constants)
+            for (position, layer), constants in zip(alike, together, strict=True):
+                layer.know(filters[position], constants)
+
+
+def _grouped(layers: Iterable[NormPropLayer]) -> list[_Group]:
+    """Sort layers by what can be done together; a weight that several layers share is rescaled once."""
+    kinds: dict[Any, list[NormPropLayer]] = defaultdict(list)
+    for layer in layers:
+        kinds[layer.fusable, layer.weight.device, layer.weight.dtype].append(layer)
+    groups = []
+    for alike in kinds.values():
+        owners = list({id(layer.weight): layer for layer in reversed(alike)}.values())
+        positions = {id(layer.weight): position for position, layer in enumerate(owners)}
+        known: dict[Any, list[tuple[int, NormPropLayer]]] = defaultdict(list)
+        for layer in alike:
+            rule = M.resolve(layer.activation).name
+            if rule in ("relu", "identity"):
+                known[rule, layer.moments].append((positions[id(layer.weight)], layer))
+        groups.append(_Group(owners, [layer.center for layer in owners], list(known.values())))
+    return groups

@@ -1,6 +1,7 @@
 """Sums, products and quotients of signals and constants, and what is written with them."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,14 @@ def aligned(value: Any, call: Call) -> Any:
     if isinstance(value, Tensor):
         return value.reshape([1] * missing + [*value.shape])
     return value
+
+
+def moments_of(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a signal or constant."""
+    if isinstance(value, Signal):
+        return value.mean, value.var
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return value, torch.zeros_like(value)
 
 
 def _known(call: Call, result: Signal) -> Signal:
@@ -155,10 +164,7 @@ def reduced_shape(call: Call, x: Signal, axes: list[int]) -> tuple[int, ...]:
 
 def size_of(x: Signal, axes: list[int]) -> int:
     """How many elements a reduction takes together."""
-    count = 1
-    for axis in axes:
-        count *= x.shape[axis]
-    return count
+    return math.prod(x.shape[axis] for axis in axes)
 
 
 def squeezed(mean: Tensor, var: Tensor, axes: list[int], call: Call) -> tuple[Tensor, Tensor]:

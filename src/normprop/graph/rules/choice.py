@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from normprop.graph.rules import elementwise
-from normprop.graph.rules.arithmetic import aligned
+from normprop.graph.rules.arithmetic import aligned, moments_of
 from normprop.graph.rules.movement import moved
 from normprop.graph.rules.registry import Call, rule
 from normprop.graph.signal import Signal
@@ -24,14 +21,7 @@ def where(call: Call) -> Any:
     if elementwise.one_source(call):
         return elementwise.unary(call)
     chance = aligned(condition, call).mean
-    (a, first), (b, second) = (_moments(aligned(part, call), chance) for part in (one, other))
+    (a, first), (b, second) = (moments_of(aligned(part, call), chance) for part in (one, other))
     mean = chance * a + (1.0 - chance) * b
     var = chance * (first + (a - mean).square()) + (1.0 - chance) * (second + (b - mean).square())
     return Signal(mean, var, call.shape, repeat=min(signal.repeat for signal in call.inputs))
-
-
-def _moments(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(value, Signal):
-        return value.mean, value.var
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    return value, torch.zeros_like(value)

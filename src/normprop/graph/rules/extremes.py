@@ -8,9 +8,17 @@ from torch import Tensor
 
 from normprop.graph.expression import Expression
 from normprop.graph.rules import elementwise
-from normprop.graph.rules.arithmetic import aligned, distinct, reduced_axes, reduced_shape, size_of, squeezed
+from normprop.graph.rules.arithmetic import (
+    aligned,
+    distinct,
+    moments_of,
+    reduced_axes,
+    reduced_shape,
+    size_of,
+    squeezed,
+)
 from normprop.graph.rules.registry import Call, rule
-from normprop.graph.signal import Origin, Signal
+from normprop.graph.signal import Origin, Signal, averaged
 from normprop.moments.gaussian import cdf, pdf
 
 _CELLS = 801  # of the grid on which the law of a function of a Gaussian is sorted
@@ -32,8 +40,7 @@ def ranked(x: Signal, count: float, axes: list[int], ranks: Tensor, sign: float 
     base = x.base().plain() or Origin(None, x.mean, x.var, Expression())
     mean, var = torch.broadcast_tensors(base.mean, base.var)
     if axes:
-        middle = mean.mean(axes, keepdim=True)
-        mean, var = middle, var.mean(axes, keepdim=True) + (mean - middle).square().mean(axes, keepdim=True)
+        mean, var = averaged(mean, var, axes)
     std = var.clamp_min(torch.finfo(var.dtype).tiny ** 0.5).sqrt()
     grid = torch.linspace(-8.0, 8.0, _CELLS, dtype=torch.float64, device=mean.device)
     value = base.function(mean.double().unsqueeze(-1) + std.double().unsqueeze(-1) * grid).double() * sign
@@ -125,7 +132,7 @@ def larger(one: Any, other: Any, sign: float, call: Call) -> Signal:
     one, other = aligned(one, call), aligned(other, call)
     signals = [part for part in (one, other) if isinstance(part, Signal)]
     like = signals[0].mean
-    means, variances = zip(*(_moments(part, like) for part in (one, other)), strict=True)
+    means, variances = zip(*(moments_of(part, like) for part in (one, other)), strict=True)
     first, second = (sign * part for part in means)
     std = (variances[0] + variances[1]).clamp_min(torch.finfo(like.dtype).tiny ** 0.5).sqrt()
     t = (first - second) / std
@@ -136,13 +143,6 @@ def larger(one: Any, other: Any, sign: float, call: Call) -> Signal:
     square = (gap.square() + variances[0]) * above + variances[1] * cdf(-t) + gap * std * at
     var = (square - mean.square()).clamp_min(0.0)
     return Signal(sign * (second + mean), var, call.shape, repeat=min(signal.repeat for signal in signals))
-
-
-def _moments(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(value, Signal):
-        return value.mean, value.var
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    return value, torch.zeros_like(value)
 
 
 @rule("clamp", "clip", "clamp_min", "clamp_max")

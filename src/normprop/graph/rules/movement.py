@@ -1,5 +1,6 @@
 """Operators that only move, repeat or drop elements: run once on labels, they say where every moment goes."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -157,7 +158,7 @@ def moved(call: Call) -> Any:
     ]
     signals = [leaf for leaf in sources if isinstance(leaf, Signal)]
     repeat = min(signal.repeat for signal in signals)
-    count = max(_size(signal.shape) for signal in signals)
+    count = max(math.prod(signal.shape) for signal in signals)
     results = [_gather(output, flat, sources, repeat, count) for output in outputs]
     if single and len(sources) == 1 and call.node.op in ("view", "reshape", "_unsafe_view", "expand"):
         kept = sources[0].simplex and sources[0].shape[-1] == results[0].shape[-1]
@@ -219,7 +220,7 @@ def _plan(call: Call, compact: list[torch.Size]) -> tuple[list[tuple[Any, ...]],
             return leaf.cpu() if isinstance(leaf, Tensor) else leaf  # an index, next to the labels
         shape = compact[position]
         position += 1
-        count = _size(shape)
+        count = math.prod(shape)
         labels = torch.arange(first, first + count, dtype=torch.float64).reshape(shape)
         first += count
         if call.node.op in _ANY_SIZE:
@@ -267,12 +268,5 @@ def _gather(output: tuple[Any, ...], flat: list[Tensor], sources: list[Any], rep
     functions = [origin.function if origin else None for origin in origins]
     alike = len(functions) == len(sources) and numbers is None and all(part == functions[0] for part in functions)
     origin = Origin(None, fields[2], fields[3], functions[0]) if alike and functions[0] is not None else None
-    repeat = max(repeat, repeat * _size(shape) / count) if len(sources) == 1 else repeat
+    repeat = max(repeat, repeat * math.prod(shape) / count) if len(sources) == 1 else repeat
     return Signal(fields[0], fields[1], shape, repeat=repeat, origin=origin)
-
-
-def _size(shape: Any) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

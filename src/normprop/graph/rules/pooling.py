@@ -13,7 +13,7 @@ from normprop.graph.rules.arithmetic import distinct
 from normprop.graph.rules.extremes import greatest
 from normprop.graph.rules.linear import as_list
 from normprop.graph.rules.registry import Call, rule
-from normprop.graph.signal import Origin, Signal
+from normprop.graph.signal import Origin, Signal, averaged
 
 
 def _counts(call: Call, x: Signal, shape: tuple[int, ...]) -> Tensor:
@@ -84,8 +84,7 @@ def _positions(x: Signal, call: Call) -> tuple[Tensor, Tensor]:
     mean, var = torch.broadcast_tensors(x.mean, x.var)
     if not axes or all(mean.shape[axis] == 1 for axis in axes):
         return mean, var
-    average = mean.mean(axes, keepdim=True)
-    return average, var.mean(axes, keepdim=True) + (mean - average).square().mean(axes, keepdim=True)
+    return averaged(mean, var, axes)
 
 
 @rule(
@@ -160,8 +159,7 @@ def interpolate(call: Call) -> Signal:
     axes = [axis for axis in range(2, len(x.shape)) if x.mean.shape[axis] > 1 or x.var.shape[axis] > 1]
     mean, var = torch.broadcast_tensors(x.mean, x.var)
     if axes:
-        var = var.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
-        mean = mean.mean(axes, keepdim=True)
+        mean, var = averaged(mean, var, axes)
     ratio = math.prod(call.shape[-dims:]) / math.prod(x.shape[-dims:])
     factor = 1.0 - (1.0 - call.memory["factor"]) / x.repeat  # neighbours that are equal lose nothing
     return Signal(mean, var * factor, call.shape, repeat=max(1.0, x.repeat * ratio))
