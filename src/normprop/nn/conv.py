@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.fused_layer import Convolution
 from normprop.nn.layer import NormPropLayer
+from normprop.prepared import Convolution
 
 
 class _ConvLayer(NormPropLayer):

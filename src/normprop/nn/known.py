@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, cat
 
-from normprop.fused_layer import Constants, Prepared
+from normprop.prepared import Constants, Prepared
 
 
 class Known(NamedTuple):
@@ -69,7 +69,7 @@ def constants_together(
 
     Example:
         >>> import torch
-        >>> from normprop.fused_layer import live_constants
+        >>> from normprop.prepared import live_constants
         >>> [constants.mean.shape for constants in constants_together([(torch.ones(2), None)], live_constants)]
         [torch.Size([2])]
     """

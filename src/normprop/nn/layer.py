@@ -26,20 +26,19 @@ from normprop.functional import (
     normalize_weight,
 )
 from normprop.fused import at_least_float32, filter_statistics, filters, rescale
-from normprop.fused_layer import (
+from normprop.fused_layer import available, layer
+from normprop.moments import Activation, Moments
+from normprop.nn.known import Known, know
+from normprop.prepared import (
     Constants,
     Convolution,
     Filters,
     Prepared,
-    available,
     filters_of,
     fixed_constants,
-    layer,
     live_constants,
     prepare,
 )
-from normprop.moments import Activation, Moments
-from normprop.nn.known import Known, know
 
 Gain = float | Literal["jacobian"]
 

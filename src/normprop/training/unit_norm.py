@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normprop import moments as M
-from normprop.fused_layer import Filters, as_rows, normalize_rows_, unit_filters
 from normprop.nn import NormPropLayer
 from normprop.nn.known import constants_together
+from normprop.prepared import Filters, as_rows, normalize_rows_, unit_filters
 
 
 def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
