@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import example, given, settings
-from hypothesis import example, strategies as st
+from hypothesis import strategies as st
 
 from normprop.data import Dataset, Split
 from normprop.errors import ConfigError, DataError
