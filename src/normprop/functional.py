@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normprop.fused import VARIANCE_FLOOR, LiveReLU, NormalizeFilters, at_least_float32
+from normprop.fused_layer import ScaledReLU, available
 from normprop.moments import Activation, Moments, Rule, resolve
 
 MomentKind = Literal["fixed", "live"]
@@ -209,6 +210,11 @@ def normalized_sum(
     scale = 1.0 / standard_deviation(rule, predicted, one)
     shift = per_channel(predicted.mean * scale, total, spatial_dims)
     if rule.homogeneous:
-        return rule.function(total) * per_channel(scale * reciprocal, total, spatial_dims) - shift
+        factor = per_channel(scale * reciprocal, total, spatial_dims)
+        if rule.name == "relu" and available(total):
+            factor, shift = (torch.as_tensor(part, dtype=total.dtype, device=total.device) for part in (factor, shift))
+            fused: Tensor = ScaledReLU.apply(total, factor, shift)
+            return fused
+        return rule.function(total) * factor - shift
     output = rule.function(total * per_channel(reciprocal, total, spatial_dims))
     return output * per_channel(scale, total, spatial_dims) - shift

@@ -183,6 +183,31 @@ class _Threshold(torch.autograd.Function):
         return torch.ops.aten.threshold_backward.grad_input(grad, above, 0.0, grad_input=above), by_mean
 
 
+class ScaledReLU(torch.autograd.Function):
+    """``relu(x) a - m`` in place, per channel, for a > 0: the activation after a sum. Only the output is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+        """Overwrite the input, (N, out, *space) or (..., out), by scale and mean that broadcast against it."""
+        ctx.mark_dirty(input)
+        input.clamp_(min=0.0).mul_(scale.to(input.dtype)).sub_(mean.to(input.dtype))
+        ctx.save_for_backward(input, scale, mean)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, scale and mean."""
+        output, scale, mean = ctx.saved_tensors
+        active = output + mean.to(output.dtype)  # relu(x) a; output stands in the graph, so this is differentiable
+        by_scale = by_mean = None
+        if ctx.needs_input_grad[1]:
+            by_scale = (grad * active).sum_to_size(scale.shape).to(scale.dtype) / scale
+        if ctx.needs_input_grad[2]:
+            by_mean = -grad.sum_to_size(mean.shape).to(mean.dtype)
+        by_input = torch.ops.aten.threshold_backward(grad, active, 0.0)
+        return by_input * scale.to(grad.dtype), by_scale, by_mean
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
     if convolution is None:
         return F.linear(input, weight, bias)
@@ -283,6 +308,6 @@ def _differentiable(
     return tuple(result)
 
 
-for _function in (_Normalized, _Threshold):
+for _function in (_Normalized, _Threshold, ScaledReLU):
     # torch inspects the signature of forward at every call unless it finds one ready: 20 us.
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined, union-attr]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from normprop import nn, recipes
+from normprop.experiments.bench_memory import saved_bytes
 from normprop.functional import normalized_sum
 from normprop.moments import Moments
 from tests.nn.textbook import gaussian_moments
@@ -71,3 +72,27 @@ def test_compiles_and_exports():
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(input), block(input))
     torch.testing.assert_close(torch.export.export(block, (input,)).module()(input), block(input))
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_gradients_of_a_sum_are_those_of_finite_differences(live, activation):
+    skip, branch = (torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mean = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=live)
+    var = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, requires_grad=live)
+
+    def run(skip, branch, *moments):
+        other = Moments(*moments) if moments else Moments(0.3, 0.5)
+        return normalized_sum([skip, branch], [Moments(0.0, 1.0), other], activation, spatial_dims=2)
+
+    inputs = (skip, branch, mean, var) if live else (skip, branch)
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_a_sum_through_relu_keeps_its_output_alone():
+    skip, branch = (torch.randn(4, 3, 8, 8, requires_grad=True) for _ in range(2))
+    moments = [Moments(0.0, 1.0), Moments(torch.zeros(3), torch.ones(3, requires_grad=True))]
+    kept = saved_bytes(lambda: normalized_sum([skip, branch], moments, "relu", 2).exp(), [skip, branch])
+    one = skip.numel() * skip.element_size()
+    assert 2 * one <= kept < 2 * one + 1000  # and that of the exponential
