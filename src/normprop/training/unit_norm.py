@@ -24,6 +24,9 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     updates; a step that a ``GradScaler`` skips and a weight without gradient are left alone. Gradients and the
     optimiser's state are not touched. A model without NormProp layers is left as it is.
 
+    Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
+    ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
+
     Args:
         optimizer: any torch optimiser, with any parameter groups; Lightning Fabric's wrapper works as well.
         model: the network.
