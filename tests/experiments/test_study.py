@@ -6,9 +6,12 @@ import signal
 import time
 from collections import Counter
 
+import optuna
 import pytest
+import sqlalchemy
 
 from normprop.errors import ConfigError
+from normprop.experiments import storage
 from normprop.experiments.grid import Combination, Grid
 from normprop.experiments.study import Study, names
 
@@ -196,3 +199,19 @@ def test_a_combination_added_twice_counts_once(study, url):
 def test_grids_that_cannot_work(change, line):
     with pytest.raises(ConfigError, match=line):
         Grid(**{"methods": ["none"], "batch_sizes": [1], "lrs": [0.1], "seeds": [0]} | change)
+
+
+@pytest.mark.parametrize("error", [sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError])
+def test_two_that_make_the_tables_at_once_both_get_in(error, tmp_path, monkeypatch):
+    calls = []
+
+    class Racing(optuna.storages.RDBStorage):
+        def __init__(self, *args, **kwargs):
+            calls.append(args)
+            if len(calls) == 1:
+                raise error("INSERT", {}, Exception("UNIQUE constraint failed: alembic_version.version_num"))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Racing)
+    assert storage.connect(f"sqlite:///{tmp_path}/study.db", 30, lambda study, trial: None).get_all_studies() == []
+    assert len(calls) == 2

@@ -13,6 +13,7 @@ with requires("experiments"):
 
 _BUSY_SECONDS = 60
 _ATTEMPTS = 5
+_RACES = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.IntegrityError)  # a table or its first row made twice
 
 
 def connect(url: str, lease: int, retry: Callable[[optuna.Study, optuna.trial.FrozenTrial], None]) -> Any:
@@ -47,7 +48,7 @@ def connect(url: str, lease: int, retry: Callable[[optuna.Study, optuna.trial.Fr
                     heartbeat_stale_trial_callback=retry,
                 )
             break
-        except (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError) as error:
+        except (*_RACES, optuna.exceptions.StorageInternalError) as error:
             # Two workers that open a new file at the same moment both try to create the tables: one has to look again.
             if attempt == _ATTEMPTS - 1:
                 raise _unreachable(url, error) from error
