@@ -181,3 +181,24 @@ def test_unused_outputs_and_partial_losses():
     second(input)
     (first(input)[:, :1] * 0.0).sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in first.parameters())
+
+
+@pytest.mark.parametrize("owner", [False, True])
+def test_layers_that_share_a_weight_and_centre_it_differently_keep_their_functions(owner):
+    first = nn.Linear(6, 4, activation="relu", center=owner)
+    second = nn.Linear(6, 4, activation="relu", center=not owner)
+    second.weight = first.weight
+    network = constrained(torch.nn.ModuleList([first, second]))
+    input = torch.randn(3, 6)
+    for layer in network:
+        torch.testing.assert_close(layer.train()(input), layer.eval()(input))
+
+
+def test_a_module_that_changes_its_type_is_measured_anew():
+    layer = constrained(trained(nn.Linear(6, 4, activation="relu")))
+    input = torch.randn(3, 6)
+    expected = layer(input)
+    output = layer.double()(input.double())
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output, layer.eval()(input.double()), rtol=0, atol=0)
+    torch.testing.assert_close(output.float(), expected)

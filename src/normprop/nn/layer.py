@@ -162,7 +162,8 @@ class NormPropLayer(nn.Module):
         known = self._known
         if known is None or not self.training or not known.holds(self.weight, self.gain, self.bias):
             return None
-        return known.prepared
+        factor = known.prepared.factor  # moving a module to another device or type raises no version
+        return known.prepared if (factor.device, factor.dtype) == (self.weight.device, self.weight.dtype) else None
 
     def _takes(self, input: Tensor) -> bool:
         """Whether the layer may run as one function on an input."""
@@ -191,7 +192,7 @@ class NormPropLayer(nn.Module):
 
         Args:
             filters: what is known of the weight.
-            constants: those of the gain and the bias, of a ReLU layer.
+            constants: those of the gain and the bias.
         """
         prepared = prepare(filters, constants, self.center, self._convolution)
         self.__dict__["_known"] = know(self.weight, self.gain, self.bias, prepared)
@@ -208,7 +209,7 @@ class NormPropLayer(nn.Module):
             bias: beta, (out,), or ``None``.
 
         Returns:
-            What :func:`normprop.fused_layer.prepare` takes.
+            What :func:`normprop.prepared.prepare` takes.
         """
         if M.resolve(self.activation).name == "identity":
             return Constants(gain.detach(), torch.zeros_like(gain) if bias is None else bias.detach(), None, 1.0)

@@ -127,8 +127,9 @@ def _grouped(layers: Iterable[NormPropLayer]) -> list[_Group]:
         positions = {id(layer.weight): position for position, layer in enumerate(owners)}
         known: dict[Any, list[tuple[int, NormPropLayer]]] = defaultdict(list)
         for layer in alike:
-            rule = M.resolve(layer.activation).name
-            if rule in ("relu", "identity"):
-                known[rule, layer.moments].append((positions[id(layer.weight)], layer))
+            rule, position = M.resolve(layer.activation).name, positions[id(layer.weight)]
+            centered = owners[position].center or not layer.center  # what it takes its shared weight to be
+            if rule in ("relu", "identity") and centered:
+                known[rule, layer.moments].append((position, layer))
         groups.append(_Group(owners, [layer.center for layer in owners], list(known.values())))
     return groups
