@@ -41,7 +41,7 @@ def available(*tensors: Tensor | None) -> bool:
             continue
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return False
-        if tensor.dtype not in _FULL and not _autocast(tensor):
+        if not full_precision(tensor) and not _autocast(tensor):
             return False
     return True
 
@@ -51,7 +51,9 @@ def _autocast(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-_FULL = (torch.float32, torch.float64)
+def full_precision(tensor: Tensor) -> bool:
+    """Whether a tensor is of a type that norms and moments may be computed in."""
+    return tensor.dtype in (torch.float32, torch.float64)
 
 
 def _like(rows: Tensor, weight: Tensor) -> Tensor:
@@ -109,9 +111,9 @@ class _Normalized(torch.autograd.Function):
             output = _linear(input, weight, None, convolution)
             output.mul_(_per_channel(factor, output)).add_(_per_channel(shift, output))
         elif dtype == weight.dtype:
-            output = _linear(input, _scaled(weight, factor, filters.mean), shift, convolution)
+            output = _linear(input, scaled(weight, factor, filters.mean), shift, convolution)
         else:
-            effective = _scaled(weight, factor, filters.mean).to(dtype)
+            effective = scaled(weight, factor, filters.mean).to(dtype)
             output = _linear(input, effective, shift.to(dtype), convolution)
         ctx.prepared = prepared
         ctx.save_for_backward(input, weight, gain, bias)
@@ -133,16 +135,16 @@ class _Normalized(torch.autograd.Function):
         own = needs[1] or needs[2] or (shift and isinstance(constants.slopes, tuple))  # live: the bias moves the scale
         if ctx.after:
             _, by_weight, by_shift = _linear_backward(grad, input, weight, convolution, (False, own, shift))
-            scaled = grad * _per_channel(factor, grad) if needs[0] else grad
-            by_input = _linear_backward(scaled, input, weight, convolution, (needs[0], False, False))[0]
+            outer = grad * _per_channel(factor, grad) if needs[0] else grad
+            by_input = _linear_backward(outer, input, weight, convolution, (needs[0], False, False))[0]
         else:
-            effective = _scaled(weight, factor, filters.mean).to(grad.dtype) if needs[0] else weight
+            effective = scaled(weight, factor, filters.mean).to(grad.dtype) if needs[0] else weight
             outcome = _linear_backward(grad, input, effective, convolution, (needs[0], own, shift))
             by_input, by_weight, by_shift = outcome
         by_scale = None
         if by_weight is not None:
-            by_weight, by_scale = _filters_backward(by_weight, weight, constants.scale, filters, center)
-        by_gain, by_bias = _constants_backward(constants, by_scale, by_shift, by_mean)
+            by_weight, by_scale = filters_backward(by_weight, weight, constants.scale, filters, center)
+        by_gain, by_bias = constants_backward(constants, by_scale, by_shift, by_mean)
         if by_input is not None and by_input.dtype != ctx.input_dtype:
             by_input = by_input.to(ctx.input_dtype)
         return by_input, by_weight, by_gain, by_bias if needs[3] else None, None
@@ -241,14 +243,14 @@ def _per_channel(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.ndim - 2))
 
 
-def _scaled(weight: Tensor, factor: Tensor, mean: Tensor | None) -> Tensor:
+def scaled(weight: Tensor, factor: Tensor, mean: Tensor | None) -> Tensor:
     """Filters about zero, times a factor, (out, 1)."""
     if mean is None:
         return weight * factor if weight.ndim == 2 else weight * factor.view(-1, *[1] * (weight.ndim - 1))
     return _like(torch.addcmul(-mean * factor, as_rows(weight), factor), weight)
 
 
-def _filters_backward(
+def filters_backward(
     grad: Tensor, weight: Tensor, scale: Tensor, filters: Filters, center: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and scale from that of the effective weight."""
@@ -267,7 +269,7 @@ def _layout(weight: Tensor) -> torch.memory_format:
     return torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
 
 
-def _constants_backward(
+def constants_backward(
     constants: Constants, by_scale: Tensor | None, by_shift: Tensor | None, by_mean: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of gain and bias."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop import moments as M
+from normprop import operator
 from normprop.errors import ConfigError
 from normprop.functional import (
     MomentKind,
@@ -24,6 +25,7 @@ from normprop.functional import (
     activate,
     normalization,
     normalize_weight,
+    per_channel,
 )
 from normprop.fused import at_least_float32, filter_statistics, filters, rescale
 from normprop.fused_layer import available, layer
@@ -153,9 +155,27 @@ class NormPropLayer(nn.Module):
             if self.fusable:
                 return self._fused(input)
         rule = M.resolve(self.activation)
+        if not self._transposed and operator.available(self.weight, self.gain, self.bias):
+            return self._compiled(input, rule, *args)
         constants = self._constants(rule)
         output = self._linear(input, *self._effective(constants), *args)
         return activate(output, rule, constants, self._spatial_dims)
+
+    def _compiled(self, input: Tensor, rule: M.Rule, *args: Any) -> Tensor:
+        """Apply the layer with the work on its parameters as one operator."""
+        if rule.name != "relu":
+            normal = self._constants(rule)
+            weight, shift, _ = operator.effective(self.weight, normal.scale, normal.shift, self.center, (0.0, 1.0))
+            return activate(self._linear(input, weight, shift, *args), rule, normal, self._spatial_dims)
+        fixed = None
+        if self.moments == "fixed":
+            assert self._standard is not None
+            fixed = float(self._standard.mean), float(self._standard.var) ** 0.5
+        weight, shift, mean = operator.effective(self.weight, self.gain, self.bias, self.center, fixed)
+        output = self._linear(input, weight, shift, *args)
+        least = fixed[0] / fixed[1] if fixed else per_channel(mean, output, self._spatial_dims)
+        thresholded: Tensor = operator.Threshold.apply(output, least)
+        return thresholded
 
     def _still_known(self) -> Prepared | None:
         """What the constraint noted in training, if the parameters are as they were; an average of them is not."""
