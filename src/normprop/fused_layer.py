@@ -56,7 +56,7 @@ def full_precision(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float32, torch.float64)
 
 
-def _like(rows: Tensor, weight: Tensor) -> Tensor:
+def like(rows: Tensor, weight: Tensor) -> Tensor:
     """View rows as the weight that they are of."""
     if weight.ndim == 2:
         return rows
@@ -144,7 +144,7 @@ class _Normalized(torch.autograd.Function):
         by_scale = None
         if by_weight is not None:
             by_weight, by_scale = filters_backward(by_weight, weight, constants.scale, filters, center)
-        by_gain, by_bias = constants_backward(constants, by_scale, by_shift, by_mean)
+        by_gain, by_bias = _constants_backward(constants, by_scale, by_shift, by_mean)
         if by_input is not None and by_input.dtype != ctx.input_dtype:
             by_input = by_input.to(ctx.input_dtype)
         return by_input, by_weight, by_gain, by_bias if needs[3] else None, None
@@ -247,7 +247,7 @@ def scaled(weight: Tensor, factor: Tensor, mean: Tensor | None) -> Tensor:
     """Filters about zero, times a factor, (out, 1)."""
     if mean is None:
         return weight * factor if weight.ndim == 2 else weight * factor.view(-1, *[1] * (weight.ndim - 1))
-    return _like(torch.addcmul(-mean * factor, as_rows(weight), factor), weight)
+    return like(torch.addcmul(-mean * factor, as_rows(weight), factor), weight)
 
 
 def filters_backward(
@@ -259,7 +259,7 @@ def filters_backward(
     by_rows, by_scale = torch.ops.aten._weight_norm_interface_backward(outer, rows, scale.view(-1, 1), filters.norm, 0)
     if center:
         by_rows.sub_(by_rows.mean(1, keepdim=True))
-    return _like(by_rows, weight), by_scale.view(-1)
+    return like(by_rows, weight), by_scale.view(-1)
 
 
 def _layout(weight: Tensor) -> torch.memory_format:
@@ -269,7 +269,7 @@ def _layout(weight: Tensor) -> torch.memory_format:
     return torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
 
 
-def constants_backward(
+def _constants_backward(
     constants: Constants, by_scale: Tensor | None, by_shift: Tensor | None, by_mean: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of gain and bias."""

@@ -1,20 +1,21 @@
-"""The work on a layer's parameters as one operator of torch, for compiled networks on a CPU.
+"""Operators of torch for what a compiler does badly by itself on a CPU.
 
-Left to itself the compiler computes the constants of a channel again for every element that they meet, nine times over
-where a pool follows, and the norms of the filters in loops several times slower than torch's own kernels: a compiled NIN
-then takes twice the time of the plain one. Behind an operator it sees tensors; linear map, threshold and whatever comes
-after them stay its own to fuse. On a GPU and in exported programs there are ordinary operators alone.
+Left to itself it computes the norms of the filters in loops several times slower than torch's own kernels, and the
+constants of a channel again for every element that they meet, nine times over where a pool follows; and it stores a
+mask beside the output. A compiled NIN then takes up to twice the time of the plain one. Behind an operator it sees
+tensors; linear map, threshold and whatever comes after them stay its own to fuse. On a GPU and in exported programs
+there are ordinary operators alone.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normprop.fused_layer import constants_backward, filters_backward, full_precision, scaled
-from normprop.prepared import Constants, Filters, filters_of, fixed_constants, live_constants, prepare
-
-_SLOPES = 4
+from normprop.fused import rounding
+from normprop.fused_layer import filters_backward, full_precision, like
+from normprop.prepared import Filters, as_rows
 
 
 def available(*tensors: Tensor | None) -> bool:
@@ -37,29 +38,40 @@ def available(*tensors: Tensor | None) -> bool:
     return all(tensor is None or (tensor.device.type == "cpu" and full_precision(tensor)) for tensor in tensors)
 
 
-def effective(
-    weight: Tensor, gain: Tensor, bias: Tensor | None, center: bool, fixed: tuple[float, float] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and bias of the plain linear map, and the mean below which :class:`Threshold` cuts its output off.
+def normalize_filters(weight: Tensor, scale: Tensor, center: bool) -> Tensor:
+    """Give every filter the length of its scale, after centring: :func:`normprop.functional.normalize_weight`.
 
     Args:
         weight: (out, in / groups, *kernel).
-        gain: gamma, (out,).
-        bias: beta, (out,), or ``None``.
+        scale: length of each filter, (out,).
         center: whether the filters' means are subtracted.
-        fixed: mean and standard deviation of the activation, or ``None`` for live moments of a ReLU.
 
     Returns:
-        Weight, bias and, of live moments, mean, (out,).
+        Weight of the plain linear map; of two-dimensional convolutions in the memory format that they are compiled for.
 
     Example:
-        >>> weight, shift, _ = effective(torch.tensor([[3.0, 4.0]]), torch.ones(1), None, False, (0.0, 1.0))
-        >>> weight, shift
-        (tensor([[0.6000, 0.8000]]), tensor([0.]))
+        >>> normalize_filters(torch.tensor([[3.0, 4.0]]), torch.ones(1), center=False)
+        tensor([[0.6000, 0.8000]])
     """
-    mean, std = fixed or (0.0, 0.0)  # a standard deviation of 0 stands for live moments
-    found: tuple[Tensor, ...] = torch.ops.normprop.effective(weight, gain, bias, center, mean, std)
-    return found[0], found[1], found[2]
+    effective: Tensor = torch.ops.normprop.normalize_filters(weight, scale, center)[0]
+    return effective
+
+
+def computed(value: Tensor) -> Tensor:
+    """Return a copy that is computed once, not again wherever it is used.
+
+    Args:
+        value: a small tensor.
+
+    Returns:
+        The same numbers.
+
+    Example:
+        >>> computed(torch.ones(2))
+        tensor([1., 1.])
+    """
+    copy: Tensor = torch.ops.normprop.computed(value)
+    return copy
 
 
 class Threshold(torch.autograd.Function):
@@ -88,75 +100,69 @@ class Threshold(torch.autograd.Function):
         return by_input, -grad.sum_to_size(mean[0].shape)
 
 
-def _forward(
-    weight: Tensor, gain: Tensor, bias: Tensor | None, center: bool, mean: float, std: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    constants = fixed_constants(gain, bias, mean, std) if std else live_constants(gain, bias)
-    filters = filters_of(weight, center)
-    prepared = prepare(filters, constants, center, None)
-    effective = scaled(weight, prepared.factor, filters.mean)
-    rows = [filters.norm.view(-1), constants.scale]
-    if filters.mean is not None:
-        rows.append(filters.mean.view(-1))
-    if not isinstance(constants.slopes, tuple):
-        return effective, constants.shift, gain.new_empty(0), torch.stack(rows)
-    assert isinstance(constants.mean, Tensor)
-    return effective, constants.shift, constants.mean, torch.stack([*constants.slopes, *rows])
+def _layout(weight: Tensor) -> torch.memory_format:
+    """What the compiler lays two-dimensional convolutions out in."""
+    return torch.channels_last if weight.ndim == 4 else torch.contiguous_format
 
 
-def _fake(
-    weight: Tensor, gain: Tensor, bias: Tensor | None, center: bool, mean: float, std: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = 2 + center + (0 if std else _SLOPES)
-    means = gain.new_empty(0) if std else torch.empty_like(gain)
-    return torch.empty_like(weight), torch.empty_like(gain), means, gain.new_empty(rows, len(gain))
+def _normalize(weight: Tensor, scale: Tensor, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight.contiguous(memory_format=_layout(weight))
+    rows = as_rows(weight)
+    mean = rows.mean(1, keepdim=True) if center else rows.new_zeros(len(rows), 1)
+    centered = rows - mean if center else rows
+    norm = torch.linalg.vector_norm(centered, dim=1, keepdim=True)
+    norm = norm.masked_fill_(norm <= mean.abs() * rounding(rows), math.inf)
+    factor = scale.view(-1, 1) / norm
+    effective = centered.mul_(factor) if center else centered * factor
+    return like(effective, weight), norm, mean
+
+
+def _fake_normalize(weight: Tensor, scale: Tensor, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+    vector = weight.new_empty(len(weight), 1)
+    return torch.empty_like(weight, memory_format=_layout(weight)), vector, torch.empty_like(vector)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    weight, _, bias, ctx.center, _, ctx.std = inputs
-    ctx.has_bias = bias is not None
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(weight, output[3])
+    weight, scale, ctx.center = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(weight, scale, *output[1:])
 
 
-def _backward(ctx: Any, by_weight: Tensor, by_shift: Tensor, by_mean: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    weight, noted = ctx.saved_tensors
-    found = torch.ops.normprop.effective_backward(by_weight, by_shift, by_mean, weight, noted, ctx.center, ctx.std)
-    return found[0], found[1], found[2] if ctx.has_bias else None, None, None, None
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.normprop.normalize_filters_backward(grad, *ctx.saved_tensors, ctx.center), None
 
 
-def _backward_of_parameters(
-    by_weight: Tensor, by_shift: Tensor, by_mean: Tensor, weight: Tensor, noted: Tensor, center: bool, std: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = noted.unbind()
-    slopes: tuple[Tensor, ...] | float = 1 / std if std else rows[:_SLOPES]
-    norm, scale, *mean = rows if std else rows[_SLOPES:]
-    constants = Constants(scale, by_shift, by_mean, slopes)
-    filters = Filters(norm.view(-1, 1), mean[0].view(-1, 1) if center else None)
-    by_rows, by_scale = filters_backward(by_weight, weight, scale, filters, center)
-    by_gain, by_bias = constants_backward(constants, by_scale, by_shift, by_mean)
-    assert by_gain is not None and by_bias is not None
-    return by_rows, by_gain, by_bias.clone() if by_bias is by_shift else by_bias
+def _normalize_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, norm: Tensor, mean: Tensor, center: bool
+) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous(memory_format=_layout(weight))
+    return filters_backward(grad, weight, scale, Filters(norm, mean if center else None), center)
 
 
 def _fake_backward(
-    by_weight: Tensor, by_shift: Tensor, by_mean: Tensor, weight: Tensor, noted: Tensor, center: bool, std: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(by_shift), torch.empty_like(by_shift)
+    grad: Tensor, weight: Tensor, scale: Tensor, norm: Tensor, mean: Tensor, center: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, memory_format=_layout(weight)), torch.empty_like(scale)
 
 
 # torch.library.custom_op is shorter to write, and its checks at every call cost more than a small layer's work.
-torch.library.define(
-    "normprop::effective",
-    "(Tensor weight, Tensor gain, Tensor? bias, bool center, float mean, float std) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "normprop::effective_backward",
-    "(Tensor by_weight, Tensor by_shift, Tensor by_mean, Tensor weight, Tensor noted, bool center, float std)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("normprop::effective", "cpu", _forward)
-torch.library.impl("normprop::effective_backward", "cpu", _backward_of_parameters)
-torch.library.register_fake("normprop::effective", _fake)
-torch.library.register_fake("normprop::effective_backward", _fake_backward)
-torch.library.register_autograd("normprop::effective", _backward, setup_context=_setup)
+for _name, _schema, _kernel, _fake in (
+    (
+        "normalize_filters",
+        "(Tensor weight, Tensor scale, bool center) -> (Tensor, Tensor, Tensor)",
+        _normalize,
+        _fake_normalize,
+    ),
+    (
+        "normalize_filters_backward",
+        "(Tensor grad, Tensor weight, Tensor scale, Tensor norm, Tensor mean, bool center) -> (Tensor, Tensor)",
+        _normalize_backward,
+        _fake_backward,
+    ),
+    ("computed", "(Tensor value) -> Tensor", Tensor.clone, torch.empty_like),
+):
+    torch.library.define(f"normprop::{_name}", _schema, tags=(torch.Tag.flexible_layout,))
+    torch.library.impl(f"normprop::{_name}", "cpu", _kernel)
+    torch.library.register_fake(f"normprop::{_name}", _fake)
+torch.library.register_autograd("normprop::normalize_filters", _backward, setup_context=_setup)
+torch.library.register_autograd("normprop::computed", lambda _, grad: grad)

@@ -63,9 +63,11 @@ def test_predicted_moments_carry_gradients():
     assert nn.output_moments(nn.Linear(3, 3, moments="fixed", gain=0.5)).var == pytest.approx(0.25)
 
 
-def test_compiles_and_exports():
+@pytest.mark.parametrize("recipe", [recipes.PAPER, recipes.DEFAULT], ids=["paper", "default"])
+def test_compiles_and_exports(recipe):
+    torch.compiler.reset()
     branch = torch.nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1, activation="relu"), nn.Conv2d(4, 4, 3, padding=1, activation=None)
+        nn.Conv2d(4, 4, 3, padding=1, activation="relu", **recipe), nn.Conv2d(4, 4, 3, padding=1, **recipe)
     )
     block = nn.Residual(branch)
     input = torch.randn(2, 4, 5, 5)

@@ -60,13 +60,21 @@ class Rule:
             >>> resolve("relu").moments(torch.zeros(2), torch.ones(2)).squared_derivative
             tensor([0.5000, 0.5000])
         """
-        if isinstance(self.law, Shape):
-            integrate = functools.partial(fixed, widened(self.function), shape=self.law, derivative=derivative)
+        integrate = self.law
+        if isinstance(integrate, Shape):
+            integrate = functools.partial(fixed, widened(self.function), shape=integrate, derivative=derivative)
+        if self.learnable or isinstance(mean, Tensor) or isinstance(std, Tensor):
             return _compute(self, integrate, mean, std)
-        return _compute(self, self.law, mean, std)
+        constant: Moments = _of_numbers(self, integrate, mean, std)
+        return constant
 
 
 Activation = str | Callable[[Tensor], Tensor] | Rule | None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler need not see how they come about
+def _of_numbers(rule: Rule, integrate: Formula, mean: float, std: float) -> Moments:
+    return _compute(rule, integrate, mean, std)
 
 
 def _compute(rule: Rule, integrate: Formula, mean: Value, std: Value) -> Moments:

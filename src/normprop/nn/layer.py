@@ -162,19 +162,18 @@ class NormPropLayer(nn.Module):
         return activate(output, rule, constants, self._spatial_dims)
 
     def _compiled(self, input: Tensor, rule: M.Rule, *args: Any) -> Tensor:
-        """Apply the layer with the work on its parameters as one operator."""
+        """Apply the layer with operators of ours for what the compiler does badly."""
+        constants = self._constants(rule)
+        mean, shift = constants.mean, constants.shift
+        weight = operator.normalize_filters(self.weight, constants.scale, self.center)
         if rule.name != "relu":
-            normal = self._constants(rule)
-            weight, shift, _ = operator.effective(self.weight, normal.scale, normal.shift, self.center, (0.0, 1.0))
-            return activate(self._linear(input, weight, shift, *args), rule, normal, self._spatial_dims)
-        fixed = None
-        if self.moments == "fixed":
-            assert self._standard is not None
-            fixed = float(self._standard.mean), float(self._standard.var) ** 0.5
-        weight, shift, mean = operator.effective(self.weight, self.gain, self.bias, self.center, fixed)
-        output = self._linear(input, weight, shift, *args)
-        least = fixed[0] / fixed[1] if fixed else per_channel(mean, output, self._spatial_dims)
-        thresholded: Tensor = operator.Threshold.apply(output, least)
+            return activate(self._linear(input, weight, shift, *args), rule, constants, self._spatial_dims)
+        if isinstance(mean, Tensor):
+            mean = operator.computed(mean)
+            output = self._linear(input, weight, shift - mean.detach(), *args)
+        else:
+            output = self._linear(input, weight, shift, *args)
+        thresholded: Tensor = operator.Threshold.apply(output, per_channel(mean, output, self._spatial_dims))
         return thresholded
 
     def _still_known(self) -> Prepared | None:
