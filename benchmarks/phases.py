@@ -25,7 +25,7 @@ def phases(model: str, side: int, method: str, batch_size: int) -> Callable[[], 
     """A step that returns the seconds of its three phases."""
     images, labels = torch.randn(batch_size, 3, side, side), torch.randint(10, (batch_size,))
     network = models.create(model, (3, side, side), 10, norm=method).train()
-    optimizer = torch.optim.SGD(parameter_groups(network, weight_decay=5e-4), lr=1e-3, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(parameter_groups(network, weight_decay=5e-4), lr=0.0, momentum=0.9, fused=True)
     constrain(optimizer, network)
 
     def step() -> list[float]:

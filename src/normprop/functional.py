@@ -206,9 +206,13 @@ def normalized_sum(
     if rule.name == "identity":
         return total * per_channel(reciprocal, total, spatial_dims) - per_channel(mean, total, spatial_dims)
     one = torch.ones_like(mean) if isinstance(mean, Tensor) else 1.0
-    predicted = rule.moments(mean, one, derivative=False)
-    scale = 1.0 / standard_deviation(rule, predicted, one)
-    shift = per_channel(predicted.mean * scale, total, spatial_dims)
+    if rule.name == "relu" and isinstance(mean, Tensor):
+        scale, _, center = LiveReLU.apply(one, mean)[:3]
+    else:
+        predicted = rule.moments(mean, one, derivative=False)
+        scale = 1.0 / standard_deviation(rule, predicted, one)
+        center = predicted.mean * scale
+    shift = per_channel(center, total, spatial_dims)
     if rule.homogeneous:
         factor = per_channel(scale * reciprocal, total, spatial_dims)
         if rule.name == "relu" and available(total):
