@@ -20,8 +20,7 @@ test: install ## Lint, types and tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 bench: install ## Time training steps against the network without normalisation; within about ten minutes.
-	$(BIN)/normprop bench --networks nin,resnet18,mlp,unet3d --batch-sizes 1,8 --seconds 15 \
-	  --methods none,batch,group,normprop,normprop-paper
+	$(BIN)/normprop bench --networks nin,resnet18,mlp,unet3d --batch-sizes 1,8 --seconds 15
 
 docs: install ## Write the pages that are generated.
 	$(BIN)/normprop methods --markdown > docs/methods.md

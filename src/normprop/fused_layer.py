@@ -11,6 +11,7 @@ operators, which these can fuse and differentiate (:func:`normprop.functional.no
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class _Threshold(torch.autograd.Function):
         if ctx.number is not None:
             return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0].detach(), ctx.number), None
         output, mean = (saved.detach() for saved in ctx.saved_tensors)
-        by_mean = -grad.sum([0, *range(2, grad.ndim)], dtype=mean.dtype)
+        by_mean = -_channel_sums(grad, mean.dtype)
         # Sums that were cut off are exactly -m. A selection by a mask would take ten times as long as this.
         above = output + _per_channel(mean, output)
         if torch.is_grad_enabled():
@@ -241,6 +242,19 @@ def _per_channel(value: Tensor, like: Tensor) -> Tensor:
     """View a value per channel so that it broadcasts against an output."""
     value = value if value.dtype == like.dtype else value.to(like.dtype)
     return value.view(-1, *[1] * (like.ndim - 2))
+
+
+def _channel_sums(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over samples and positions."""
+    if grad.dtype != dtype and grad.device.type == "cpu" and math.prod(grad.shape[2:]) >= _MANY:
+        # In half precision a product with ones takes a tenth of the time of torch's sum, at the same precision as
+        # that of the bias.
+        space = grad.flatten(2)
+        return torch.matmul(space, space.new_ones(space.shape[2])).sum(0, dtype=dtype)
+    return grad.sum([0, *range(2, grad.ndim)], dtype=dtype)
+
+
+_MANY = 256
 
 
 def scaled(weight: Tensor, factor: Tensor, mean: Tensor | None) -> Tensor:
