@@ -17,6 +17,7 @@ from normprop.cli.fold import fold
 from normprop.cli.inspect import inspect
 from normprop.cli.methods import methods
 from normprop.cli.report import report
+from normprop.cli.reproduce import reproduce
 from normprop.cli.train import train
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command()(methods)
 app.command()(inspect)
 app.command()(convert)
 app.command()(fold)
+app.command()(reproduce)
 app.command()(bench)
 app.command()(bench_growth)
 

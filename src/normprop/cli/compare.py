@@ -63,7 +63,7 @@ def compare(
     name = study or f"{Path(settings.data).stem}-{settings.model.replace(':', '.')}"
     out = out or Path("runs") / name
     if storage is None:
-        _make_directory(out)
+        make_directory(out)
         storage = database(out)
     command = shlex.join(["normprop", *context.obj])
     try:
@@ -81,7 +81,7 @@ def compare(
     except KeyboardInterrupt:
         print(f"Stopped; what is finished is kept. Resume with: {command}", file=sys.stderr)
         raise typer.Exit(130) from None
-    _make_directory(out)
+    make_directory(out)
     publish(finished, out, as_json=json)
 
 
@@ -112,7 +112,15 @@ def _methods(text: str, *, own_network: bool) -> list[str]:
     return names
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
+    """Make the directory of --out.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.context import SpawnProcess
@@ -19,7 +19,7 @@ from normprop import norms
 from normprop.data import Dataset, batches
 from normprop.errors import ConfigError, NormPropError
 from normprop.experiments import machine, results
-from normprop.experiments.grid import Grid
+from normprop.experiments.grid import Combination, Grid
 from normprop.experiments.settings import Settings
 from normprop.experiments.study import Study
 from normprop.experiments.timing import BASELINE, step_times
@@ -90,11 +90,53 @@ def compare(
         WorkerError: if all workers were killed.
     """
     dataset = settings.load()
-    for combination in grid.combinations():
-        settings.config(combination)
     _check(settings, dataset, [*grid.methods, *([BASELINE] if step_time_seconds > 0 else [])])
+    arguments: Any = {"storage": storage, "name": name, "workers": workers, "progress": progress, "command": command}
+    study = train(settings, grid.combinations(), **arguments)
+    while grid.tuning_seeds is not None and study.enrol(grid.repetitions(_best_lrs(study))):
+        study = train(settings, [], **arguments)
+    if step_time_seconds > 0:
+        if progress is not None:
+            progress(Progress(study.trials(), 0.0, 0, timing=True))
+        time_steps(study, settings, step_time_seconds)
+    return study
+
+
+def train(
+    settings: Settings,
+    combinations: Iterable[Combination],
+    *,
+    storage: str,
+    name: str,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    command: str = "",
+) -> Study:
+    """Train the combinations that a study lacks, and those that wait in it.
+
+    Args:
+        settings: data, network and training settings.
+        combinations: trials in the order in which they should run within each seed.
+        storage: SQLAlchemy URL of the database.
+        name: name of the study in it.
+        workers: number of worker processes; by default one per core, or one if training runs on a GPU.
+        progress: called about once a second.
+        command: the command line, for the results document.
+
+    Returns:
+        The study.
+
+    Raises:
+        ConfigError: if the study exists with other settings, or a name or value cannot work.
+        DataError: if the data cannot be read.
+        WorkerError: if all workers were killed.
+    """
+    dataset = settings.load()
+    wanted = list(combinations)
+    for combination in wanted:
+        settings.config(combination)
     study = Study.create(storage, name, settings.identity(dataset))
-    study.enrol(grid.combinations())
+    study.enrol(wanted)
     accelerator = settings.training.accelerator
     study.annotate(command=command, versions=machine.versions(), machine=machine.describe(accelerator))
     if workers is None:
@@ -102,16 +144,11 @@ def compare(
     start = time.monotonic()
     workers = max(1, min(workers, study.unfinished()))
 
-    def report(timing: bool = False) -> None:
+    def report() -> None:
         if progress is not None:
-            progress(Progress(study.trials(), time.monotonic() - start, workers, timing))
+            progress(Progress(study.trials(), time.monotonic() - start, workers))
 
     _train(study, settings, workers, report)
-    while grid.tuning_seeds is not None and study.enrol(grid.repetitions(_best_lrs(study))):
-        _train(study, settings, workers, report)
-    if step_time_seconds > 0:
-        report(timing=True)
-        time_steps(study, settings, step_time_seconds)
     return study
 
 

@@ -33,6 +33,7 @@ class TrialRecord:
         seconds: training time.
         steps: optimiser steps.
         epochs: one mapping per epoch with the fields of `EpochRecord`.
+        measured: whatever else a trial measured, as JSON has it.
 
     Example:
         >>> TrialRecord(Combination("none", 8, 0.1, 0), "waiting").epochs
@@ -48,6 +49,7 @@ class TrialRecord:
     seconds: float | None = None
     steps: int | None = None
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
@@ -124,7 +126,7 @@ class Turn:
 
         Args:
             status: "complete", "diverged" or "impossible".
-            **result: reason, test_error, validation_error, train_loss, seconds, steps, as far as known.
+            **result: reason, test_error, validation_error, train_loss, seconds, steps, measured, as far as known.
 
         Raises:
             LostError: if the trial was meanwhile given to another worker.
@@ -132,7 +134,7 @@ class Turn:
         self._set("status", status)
         self._set("result", plain(result))
         if status == COMPLETE:
-            self._end(TrialState.COMPLETE, value=result["validation_error"])
+            self._end(TrialState.COMPLETE, value=result.get("validation_error", 0.0))
         else:
             self._end(TrialState.PRUNED)
 

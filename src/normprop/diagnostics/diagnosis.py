@@ -1,0 +1,51 @@
+"""What one question found out: sentences, numbers and plots."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from normprop.diagnostics.plot import Figure
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to look at.
+
+    Args:
+        name: in legends and sentences: that of the method, or of the model.
+        model: the network, in the mode it is to be looked at in; no diagnostic changes its parameters, its buffers
+            or its mode.
+        inputs: a batch, (N, ...), on the network's device, of the network's type.
+        labels: classes of the inputs, (N,), or ``None``.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one question found out about some networks.
+
+    Args:
+        name: of the question, in lower case with hyphens: "canonical-error".
+        title: the question in plain words, ending with a question mark.
+        look_for: one sentence that tells a reader who does not know the paper what to look for in the plots.
+        found: one or two sentences that say what was found, computed from the numbers.
+        numbers: the numbers behind it, as JSON has them: floats, whole numbers, texts, lists and dicts of them, and
+            ``None`` for what is not finite.
+        figures: what to draw, at least one.
+        source: paper and section.
+    """
+
+    name: str
+    title: str
+    look_for: str
+    found: str
+    numbers: Mapping[str, Any]
+    figures: Sequence[Figure]
+    source: str
