@@ -14,10 +14,10 @@ def test_an_unknown_name_gives_one_line():
     with pytest.raises(DataError) as caught:
         load("cifr10")
     assert str(caught.value) == (
-        "cifr10: no such data set; expected one of digits, mnist, fashion-mnist, cifar10, cifar100, an .npz file, or a "
-        "folder of images"
+        "cifr10: no such data set; expected one of digits, mnist, fashion-mnist, cifar10, cifar100, svhn, svhn-extra, "
+        "an .npz file, or a folder of images"
     )
-    assert names() == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
+    assert names() == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "svhn-extra")
 
 
 def test_data_directories(write_idx, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ _training = functools.partial(_option, "Training")
 
 def _settings(
     data: Annotated[
-        str, _data("digits, mnist, fashion-mnist, cifar10, cifar100, an .npz file or a folder of images by class.")
+        str, _data("digits, mnist, fashion-mnist, cifar10, cifar100, svhn, an .npz file or a folder of images.")
     ] = "digits",
     data_dir: Annotated[Path | None, _data("Directory of the published files.")] = None,
     image_size: Annotated[int | None, _data("Resize a folder's images to this height and width.")] = None,

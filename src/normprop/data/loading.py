@@ -8,6 +8,7 @@ from normprop.data.dataset import Dataset
 from normprop.errors import ConfigError, DataError
 
 _IDX = {layout.source.name: layout for layout in (idx.MNIST, idx.FASHION_MNIST)}
+_SVHN = ("svhn", "svhn-extra")
 _CIFAR = {layout.source.name: layout for layout in (cifar.CIFAR10, cifar.CIFAR100)}
 
 
@@ -19,9 +20,9 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('digits', 'mnist', 'fashion-mnist', 'cifar10', 'cifar100')
+        ('digits', 'mnist', 'fashion-mnist', 'cifar10', 'cifar100', 'svhn', 'svhn-extra')
     """
-    return ("digits", *_IDX, *_CIFAR)
+    return ("digits", *_IDX, *_CIFAR, *_SVHN)
 
 
 def load(
@@ -57,6 +58,10 @@ def load(
         return idx.load(_IDX[name], directory)
     if name in _CIFAR:
         return cifar.load(_CIFAR[name], directory)
+    if name in _SVHN:
+        from normprop.data import svhn  # needs an extra
+
+        return svhn.load(svhn.SVHN_EXTRA if name == "svhn-extra" else svhn.SVHN, directory)
     if name == "digits":
         from normprop.data import digits  # needs an extra
 

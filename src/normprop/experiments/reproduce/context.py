@@ -71,7 +71,12 @@ class Context:
         return {combination: found[combination] for combination in combinations}
 
     def tuned(
-        self, study: str, settings: Settings, cells: Sequence[tuple[str, int]], rates: Sequence[float], seeds: int
+        self,
+        study: str,
+        settings: Settings,
+        cells: Sequence[tuple[str, int]],
+        rates: Mapping[int, Sequence[float]],
+        seeds: Sequence[int],
     ) -> dict[tuple[str, int], list[TrialRecord]]:
         """Train each method and batch size with every rate and one seed, then with all seeds at its best rate.
 
@@ -79,24 +84,26 @@ class Context:
             study: its name in the storage.
             settings: what the trials share.
             cells: methods and batch sizes.
-            rates: to choose from, by the validation error.
-            seeds: how many.
+            rates: for each batch size those to choose from, by the validation error of the first seed.
+            seeds: of the runs.
 
         Returns:
             For every cell its trials at the chosen rate; none where every rate diverged.
         """
-        tried = self.train(study, settings, [Combination(*cell, rate, 0) for cell in cells for rate in rates])
+        first = seeds[0]
+        trials = [Combination(*cell, rate, first) for cell in cells for rate in rates[cell[1]]]
+        tried = self.train(study, settings, trials)
         best: dict[tuple[str, int], float] = {}
         for cell in cells:
             errors = {
                 rate: record.validation_error
-                for rate in rates
-                if (record := tried[Combination(*cell, rate, 0)]).status == COMPLETE
+                for rate in rates[cell[1]]
+                if (record := tried[Combination(*cell, rate, first)]).status == COMPLETE
                 and record.validation_error is not None
             }
             if errors:
                 best[cell] = min(errors, key=lambda rate: errors[rate])
-        more = [Combination(*cell, rate, seed) for seed in range(seeds) for cell, rate in best.items()]
+        more = [Combination(*cell, rate, seed) for seed in seeds for cell, rate in best.items()]
         trained = self.train(study, settings, more)
         return {cell: [trained[c] for c in more if (c.method, c.batch_size) == cell] for cell in cells}
 
