@@ -228,9 +228,10 @@ def train(
         >>> record.diverged, len(record.epochs)
         (False, 1)
     """
-    if data.ndim != 2:
+    if data.ndim != 2 or not data.is_floating_point():
         raise ConfigError(
-            f"sparse auto-encoders: data have shape {tuple(data.shape)}; expected (N, n); flatten samples"
+            f"sparse auto-encoders: data are {data.dtype} {tuple(data.shape)}; expected samples, (N, n), as "
+            "standardised() gives them"
         )
     generator = torch.Generator().manual_seed(seed)
     autoencoder = AutoEncoder(
@@ -296,7 +297,7 @@ def describe(sweeps: Mapping[str, Sequence[Record]]) -> Diagnosis:
     """Say how sparsity goes with the coefficient.
 
     Args:
-        sweeps: records by name, such as that of the objective, each in the order of the coefficients.
+        sweeps: records by name, such as that of the objective.
 
     Returns:
         The diagnosis.
@@ -308,6 +309,7 @@ def describe(sweeps: Mapping[str, Sequence[Record]]) -> Diagnosis:
         >>> describe({"dae": sweep("dae", "relu", True, torch.randn(50, 6), [0, 1], epochs=1, hidden=4)}).name
         'sparse-autoencoders'
     """
+    sweeps = {name: sorted(records, key=lambda record: record.coefficient) for name, records in sweeps.items()}
     ended = {name: [record for record in records if record.epochs] for name, records in sweeps.items()}
     if not sweeps or not all(sweeps.values()):
         raise ConfigError("sparse auto-encoders: no runs to describe; give at least one record for every name")
@@ -341,16 +343,16 @@ def describe(sweeps: Mapping[str, Sequence[Record]]) -> Diagnosis:
 
 
 def _trend(name: str, records: Sequence[Record]) -> str:
-    """From the smallest to the largest coefficient, and whether it fell at each."""
-    ordered = sorted(records, key=lambda record: record.coefficient)
-    active = [record.epochs[-1].activation_fraction for record in ordered]
-    dead = ordered[-1].epochs[-1].dead_share
+    """Activity from the smallest to the largest coefficient, and how often it falls on the way."""
+    active = [record.epochs[-1].activation_fraction for record in records]
+    first, last, dead = records[0].coefficient, records[-1].coefficient, records[-1].epochs[-1].dead_share
+    end = f"({100 * dead:.3g} % of the units dead)"
     if len(active) == 1:
-        return f"{100 * active[0]:.3g} % in {name} at {ordered[0].coefficient:g} ({100 * dead:.3g} % of the units dead)"
-    rises = sum(later > earlier for earlier, later in pairwise(active))
+        return f"{100 * active[0]:.3g} % in {name} at {first:g} {end}"
+    falls = sum(later < earlier for earlier, later in pairwise(active))
     return (
-        f"{100 * active[0]:.3g} % in {name} at {ordered[0].coefficient:g}, {100 * active[-1]:.3g} % at "
-        f"{ordered[-1].coefficient:g} ({100 * dead:.3g} % of the units dead), rising {rises} times in {len(active) - 1}"
+        f"{100 * active[0]:.3g} % in {name} at {first:g}, {100 * active[-1]:.3g} % at {last:g} {end}, "
+        f"falling at {falls} of {len(active) - 1} steps"
     )
 
 

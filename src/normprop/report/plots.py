@@ -223,6 +223,7 @@ def _handle(name: str, mark: Mark, colors: Mapping[str, str]) -> Any:
 def _accessible(document: str, figures: Sequence[Figure]) -> str:
     """Give the document a name for those who do not see it, the fonts of the pages and a size in pixels."""
     title = html.escape("; ".join(figure.title for figure in figures))
-    document = document.replace("'DejaVu Sans'", _FONTS)
+    document = re.sub(r"<metadata>.*?</metadata>", "", document.replace("'DejaVu Sans'", _FONTS), flags=re.DOTALL)
+    document = re.sub(r'<g id="[^"]*">', "<g>", document)  # nothing refers to them, and a page holds several plots
     document = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', document, count=2)
     return document.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

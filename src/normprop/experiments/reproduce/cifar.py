@@ -31,7 +31,7 @@ def settings(context: Context, *, data_norm: str, augment: tuple[str, ...] = (),
         accelerator=context.accelerator,
     )
     full = Settings(data=data, data_dir=context.data_dir, model="nin", training=training)
-    return dataclasses.replace(full, width=0.25, train=4400, validation=400, test=2000) if small else full
+    return dataclasses.replace(full, width=0.25, train=11_000, validation=1000, test=2000) if small else full
 
 
 def described(settings: Settings) -> str:
