@@ -13,6 +13,7 @@ from normprop.cli.bench import bench
 from normprop.cli.bench_growth import bench_growth
 from normprop.cli.compare import compare
 from normprop.cli.convert import convert
+from normprop.cli.diagnose import diagnose
 from normprop.cli.fold import fold
 from normprop.cli.inspect import inspect
 from normprop.cli.methods import methods
@@ -31,6 +32,7 @@ app.command()(compare)
 app.command()(report)
 app.command()(methods)
 app.command()(inspect)
+app.command()(diagnose)
 app.command()(convert)
 app.command()(fold)
 app.command()(reproduce)

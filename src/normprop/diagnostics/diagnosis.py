@@ -35,7 +35,7 @@ class Diagnosis:
         name: of the question, in lower case with hyphens: "canonical-error".
         title: the question in plain words, ending with a question mark.
         look_for: one sentence that tells a reader who does not know the paper what to look for in the plots.
-        found: one or two sentences that say what was found, computed from the numbers.
+        found: what was found, computed from the numbers: a sentence or two, or a line for each network.
         numbers: the numbers behind it, as JSON has them: floats, whole numbers, texts, lists and dicts of them, and
             ``None`` for what is not finite.
         figures: what to draw, at least one.
