@@ -309,7 +309,7 @@ def _differentiable(
     outputs, grads = [], [grad]
     if isinstance(constants.mean, Tensor):
         scale, shift, mean = LiveReLU.apply(gain, bias)[:3]
-        if by_mean is not None:
+        if by_mean is not None and mean.requires_grad:
             outputs, grads = [mean], [by_mean, grad]
     else:
         scale = gain * constants.slopes

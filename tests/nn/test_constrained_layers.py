@@ -87,6 +87,23 @@ def test_second_derivatives(case, recipe, known, monkeypatch):
 
 
 @recipes
+@pytest.mark.parametrize("frozen", [("gain", "bias"), ("bias",)], ids=",".join)
+def test_second_derivatives_of_what_is_not_frozen(recipe, frozen, monkeypatch):
+    layer = trained(nn.Linear(5, 4, activation="relu", dtype=torch.float64, **recipe))
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    input = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [input, layer.weight]
+
+    def second(output):
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in first), leaves)
+
+    for own, reference in zip(second(layer(input)), second(composed(layer, input, monkeypatch)), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-10, atol=1e-10)
+
+
+@recipes
 def test_gradients_are_those_of_finite_differences(recipe):
     layer = trained(nn.Conv2d(2, 3, 2, activation="relu", dtype=torch.float64, **recipe))
     parameters = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}

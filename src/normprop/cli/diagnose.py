@@ -110,7 +110,7 @@ def _subjects(
     from normprop.cli.inputs import example
     from normprop.cli.weights import load_weights
     from normprop.data import batches, load
-    from normprop.diagnostics.diagnosis import Diagnosis, Subject
+    from normprop.diagnostics.diagnosis import Subject
     from normprop.nn import DataNorm
 
     own = ":" in model or model.endswith(".pt2")
