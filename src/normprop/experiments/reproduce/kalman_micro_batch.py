@@ -53,9 +53,9 @@ class Arm:
     printed: float
 
 
-BATCH_2, GROUP = "batch, 2 images", "group, 4 groups"
-KALMAN_2, SAMPLED_2 = "kalman, 2 images", "kalman sampled, 2 images"
-BATCH_128, KALMAN_128 = "batch, 128 images", "kalman, 128 images"
+BATCH_2, GROUP = "batch on 2 images", "group with 4 groups"
+KALMAN_2, SAMPLED_2 = "kalman on 2 images", "sampled kalman on 2 images"
+BATCH_128, KALMAN_128 = "batch on 128 images", "kalman on 128 images"
 ARMS = {
     BATCH_2: Arm(of_layers("Ioffe & Szegedy 2015, on parts of the batch", _ghost_batch), _MICRO, "–", 8.7),
     GROUP: Arm(of_layers("Wu & He 2018", _group), 1, "–", 8.5),
@@ -223,7 +223,7 @@ def _errors(records: Sequence[TrialRecord]) -> dict[int, float]:
 
 
 def _short(method: str) -> str:
-    return method.split(",")[0]
+    return method.split(" on ")[0]
 
 
 def _row(name: str, errors: Mapping[int, float]) -> tuple[str, ...]:
@@ -234,12 +234,12 @@ def _row(name: str, errors: Mapping[int, float]) -> tuple[str, ...]:
 def _claim(pair: tuple[str, str], errors: Mapping[str, Mapping[int, float]]) -> tuple[bool, str]:
     """Whether the first method's error is below the second's by more than noise."""
     ours, theirs = pair
-    lead = Difference.of(errors[theirs], errors[ours])
-    if not lead.values:
+    apart = Difference.of(errors[ours], errors[theirs])
+    if not apart.values:
         return False, f"{ours} against {theirs}: one of the two diverged with every seed."
-    printed = ARMS[theirs].printed - ARMS[ours].printed
-    noise = "" if lead.clear else ", no more than the noise over seeds"
+    printed = ARMS[ours].printed - ARMS[theirs].printed
+    noise = "" if apart.clear else ", no more than the noise over seeds"
     return (
-        lead.clear and lead.mean > 0,
-        f"{ours}, against {theirs}: error lower by {lead} points{noise} (the public code: by about {printed:.1f}).",
+        apart.clear and apart.mean < 0,
+        f"Error of {ours} less that of {theirs}: {apart} points{noise} (the public code: about {printed:+.1f}).",
     )

@@ -88,7 +88,7 @@ def run(context: Context) -> Reproduction:
                 "epoch",
                 "rate / length² of a filter",
                 [_line(arm, curves[arm], "effective_step") for arm in ARMS],
-                y_scale="log",
+                y_scale="log" if any(curves.values()) else "linear",  # a log axis needs a value
             ),
         ],
         agrees=agrees,

@@ -2,8 +2,9 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 from torch import nn
 
@@ -107,7 +108,7 @@ def run(context: Context) -> Reproduction:
                     _line(method, dict(enumerate(zip(*found.values(), strict=True), start=1)))
                     for method, found in deepest.items()
                 ],
-                y_scale="log",
+                y_scale=_scale(deepest.values()),
             ),
         ],
         agrees=agrees,
@@ -242,7 +243,20 @@ def _against_depth(name: str, found: Mapping[Cell, Curves]) -> Plot:
         _line(method, {depth: list(_ends(found[method, depth]).values()) for depth in DEPTHS}) for method in METHODS
     ]
     ticks = [(float(depth), str(depth)) for depth in DEPTHS]
-    return Plot(f"{name}, last epoch", "hidden layers", "training loss", lines, "log", "log", x_ticks=ticks)
+    return Plot(
+        f"{name}, last epoch",
+        "hidden layers",
+        "training loss",
+        lines,
+        _scale(found.values()),
+        _scale(found.values()),
+        x_ticks=ticks,
+    )
+
+
+def _scale(found: Iterable[Curves]) -> Literal["linear", "log"]:
+    """A log axis needs a value."""
+    return "log" if any(found) else "linear"
 
 
 def _line(name: str, seeds: Mapping[int, Sequence[float]]) -> Line:
