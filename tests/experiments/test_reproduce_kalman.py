@@ -1,13 +1,13 @@
 """Kalman norm against batch norm and group norm at statistics of two images."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from normprop.experiments import compare
 from normprop.experiments.reproduce import kalman_micro_batch as module
 from normprop.experiments.reproduce.context import Context
 from normprop.experiments.reproduce.kalman_micro_batch import (
@@ -112,5 +112,6 @@ def test_a_tiny_protocol_runs_and_resumes(tmp_path, monkeypatch):
     assert len(first.agrees) + len(first.contradicts) == len(module._PAIRS)
     assert figure(first).startswith("<svg")
     assert "public code" in markdown(first, "normprop reproduce", "x.svg")
-    monkeypatch.setattr(compare, "process", None)  # no worker can start
+    # The package's name "compare" is the function; without this no worker can start.
+    monkeypatch.setattr(importlib.import_module("normprop.experiments.compare"), "process", None)
     assert module.run(context) == first

@@ -1,14 +1,16 @@
 """Training losses of deep networks with SELU and batch norm."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
 
-from normprop.experiments import compare
+from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce import selu_depth as module
 from normprop.experiments.reproduce.context import Context
 from normprop.experiments.reproduce.selu_depth import DEPTHS, METHODS
+from normprop.experiments.trial import COMPLETE, TrialRecord
 from normprop.report.reproduction import figure, markdown
 
 
@@ -53,6 +55,19 @@ def test_divergence_is_said():
     assert module._lower("MNIST", nothing | {c: f for c, f in curves(selu=0.1).items() if c[0] == "selu"})[0]
 
 
+def test_own_rates_are_told():
+    def record(method, depth):
+        epochs = [{"epoch": 1, "train_loss": 0.1 if method == "selu" else 0.5}]
+        return TrialRecord(Combination(f"{method}, {depth} layers", 8, 0.1, 0), COMPLETE, epochs=epochs)
+
+    tuned = {(method, depth): [record(method, depth)] for depth in DEPTHS for method in METHODS}
+    assert module._at_best(tuned["selu", 8]) == "0.100 (0.1)"
+    assert module._at_best([]) == "every rate diverged"
+    text = module._own_rates("MNIST", tuned)
+    assert text.startswith("MNIST, each with its own best rate: the last training loss of selu is below")
+    assert "0 of 3 depths" in text  # of one seed nothing is known to be more than noise
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_depth_comes_with_the_name(method):
     network = module.mnist_small(norm=f"{method}, 16 layers")
@@ -74,12 +89,13 @@ def test_a_tiny_protocol_runs_and_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_settings", tiny)
     monkeypatch.setattr(module, "DEPTHS", (1, 2))
-    monkeypatch.setitem(module.RATES, "small", (0.01, 0.1))
+    monkeypatch.setitem(module.RATES, "small", (0.01,))
     context = Context("small", f"sqlite:///{tmp_path}/study.db", accelerator="cpu", workers=1, seeds=1)
     first = module.run(context)
     assert [row[:2] for row in first.table.rows] == [(d, n) for d in ("MNIST", "CIFAR-10") for n in ("1", "2")]
     assert len(first.agrees) + len(first.contradicts) == 4
     assert figure(first).startswith("<svg")
     assert "1e-5" in markdown(first, "normprop reproduce", "x.svg")
-    monkeypatch.setattr(compare, "process", None)  # no worker can start
+    # The package's name "compare" is the function; without this no worker can start.
+    monkeypatch.setattr(importlib.import_module("normprop.experiments.compare"), "process", None)
     assert module.run(context) == first

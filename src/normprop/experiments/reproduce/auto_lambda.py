@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from normprop import data
+from normprop.diagnostics.equivalent_ridge import equivalent_ridge
 from normprop.diagnostics.plot import Line, Plot, Reference
-from normprop.diagnostics.regularization import equivalent_ridge
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce.context import Context
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread

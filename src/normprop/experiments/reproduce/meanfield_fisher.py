@@ -12,8 +12,10 @@ from torch import nn
 
 from normprop import data
 from normprop.data import Dataset
-from normprop.diagnostics.fisher import fisher, gains, random_network, stable_rate
+from normprop.diagnostics.fisher import fisher, gains
+from normprop.diagnostics.fisher_mean_field import random_network
 from normprop.diagnostics.plot import Line, Plot
+from normprop.diagnostics.stable_rate import stable_rate
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce.context import Context
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread

@@ -2,9 +2,8 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 from torch import nn
 
@@ -108,7 +107,6 @@ def run(context: Context) -> Reproduction:
                     _line(method, dict(enumerate(zip(*found.values(), strict=True), start=1)))
                     for method, found in deepest.items()
                 ],
-                y_scale=_scale(deepest.values()),
             ),
         ],
         agrees=agrees,
@@ -243,24 +241,11 @@ def _against_depth(name: str, found: Mapping[Cell, Curves]) -> Plot:
         _line(method, {depth: list(_ends(found[method, depth]).values()) for depth in DEPTHS}) for method in METHODS
     ]
     ticks = [(float(depth), str(depth)) for depth in DEPTHS]
-    return Plot(
-        f"{name}, last epoch",
-        "hidden layers",
-        "training loss",
-        lines,
-        _scale(found.values()),
-        _scale(found.values()),
-        x_ticks=ticks,
-    )
-
-
-def _scale(found: Iterable[Curves]) -> Literal["linear", "log"]:
-    """A log axis needs a value."""
-    return "log" if any(found) else "linear"
+    return Plot(f"{name}, last epoch", "hidden layers", "training loss", lines, x_ticks=ticks)
 
 
 def _line(name: str, seeds: Mapping[int, Sequence[float]]) -> Line:
-    """Means over seeds; the band is from least to largest, as a deviation could reach below 0, where no log axis is."""
+    """Means over seeds; the band is from least to largest."""
     there = {float(x): values for x, values in seeds.items() if values}
     low, high = ([end(values) for values in there.values()] for end in (min, max))
     return Line(name, list(there), [statistics.fmean(values) for values in there.values()], low, high)
