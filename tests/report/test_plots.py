@@ -52,6 +52,13 @@ def test_many_figures_share_one_legend_and_its_colours():
     assert second in turned
 
 
+def test_a_logarithmic_axis_has_numbers_within_a_decade_and_may_be_empty():
+    narrow = plots.svg([plot(Line("none", [1.0, 2.0], [1.5, 6.0]), y_scale="log")])
+    assert {"2", "5"} <= set(texts(narrow))
+    for scale in ("log", "symlog"):
+        assert "<svg" in plots.svg([plot(Line("none", [1.0, 2.0], [math.nan, 0.0]), y_scale=scale)])
+
+
 def test_words_stand_at_the_ticks():
     words = [(1.0, "first"), (3.0, "last")]
     assert {"first", "last"} <= set(texts(plots.svg([plot(LINE, x_ticks=words)])))

@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -18,7 +19,7 @@ with requires("report"):
     import matplotlib.lines
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _POINTS = 72  # px of an inch in an SVG of matplotlib
 _FONTS = "system-ui, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
@@ -142,8 +143,7 @@ def _plot(axes: Axes, plot: Plot, styles: Mapping[str, Mark], colors: Mapping[st
         _line(axes, line, styles.get(line.name), colors)
     for name, scale in (("x", plot.x_scale), ("y", plot.y_scale)):
         if scale != "linear":
-            getattr(axes, f"set_{name}scale")(scale)
-            getattr(axes, f"{name}axis").set_minor_locator(NullLocator())
+            _scale(axes, name, scale, [value for line in plot.lines for value in getattr(line, name)])
     whole = all(float(x).is_integer() for line in plot.lines for x in line.x)
     if whole and plot.x_scale == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -151,6 +151,19 @@ def _plot(axes: Axes, plot: Plot, styles: Mapping[str, Mark], colors: Mapping[st
         axes.xaxis.set_major_locator(FixedLocator([position for position, _ in plot.x_ticks]))
         axes.set_xticklabels([word for _, word in plot.x_ticks])
     axes.margins(x=0.03)
+
+
+def _scale(axes: Axes, name: str, scale: str, values: Sequence[float]) -> None:
+    """Make an axis logarithmic, with numbers at its ticks also where it spans less than a decade."""
+    drawn = [abs(value) for value in values if math.isfinite(value) and (value > 0 or (scale == "symlog" and value))]
+    if not drawn:
+        return
+    getattr(axes, f"set_{name}scale")(scale)
+    axis = getattr(axes, f"{name}axis")
+    axis.set_minor_locator(NullLocator())
+    if scale == "log" and max(drawn) < 30 * min(drawn):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _line(axes: Axes, line: Line, mark: Mark | None, colors: Mapping[str, str]) -> None:

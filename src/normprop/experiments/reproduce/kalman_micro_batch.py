@@ -1,7 +1,5 @@
 """Kalman Normalization at statistics of two images, against batch norm and group norm."""
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +11,7 @@ from normprop.diagnostics.plot import Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce.context import Context
 from normprop.experiments.reproduce.curves import accuracy_line, complete
-from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
+from normprop.experiments.reproduce.reproduction import Difference, Reproduction, Table, judged, spread
 from normprop.experiments.settings import Settings
 from normprop.experiments.trial import TrialRecord
 from normprop.norms import kalman
@@ -72,43 +70,6 @@ _PAIRS = (
     (SAMPLED_2, GROUP),
     (KALMAN_128, BATCH_128),
 )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two methods, one value for each seed that both finished.
-
-    Args:
-        values: the differences.
-
-    Example:
-        >>> difference = Difference.of({0: 3.0, 1: 4.0, 2: 5.0}, {0: 1.0, 1: 2.2})
-        >>> str(difference), difference.clear
-        ('+1.90 ± 0.14', True)
-    """
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference":
-        """Subtract the second from the first, seed by seed."""
-        return cls(tuple(first[seed] - second[seed] for seed in first if seed in second))
-
-    @property
-    def mean(self) -> float:
-        """Over the seeds; not a number of none."""
-        return statistics.fmean(self.values) if self.values else math.nan
-
-    @property
-    def clear(self) -> bool:
-        """Whether the mean is more than twice its standard error away from 0; never of one seed."""
-        count = len(self.values)
-        return count > 1 and abs(self.mean) > 2 * statistics.stdev(self.values) / math.sqrt(count)
-
-    def __str__(self) -> str:
-        if len(self.values) < 2:
-            return f"{self.mean:+.2f} (one seed)"
-        return f"{self.mean:+.2f} ± {statistics.stdev(self.values):.2f}"
 
 
 def _network(norm: str, depth: int, width: float = 1.0) -> nn.Module:

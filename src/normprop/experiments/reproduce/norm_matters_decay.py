@@ -16,8 +16,7 @@ from normprop.experiments.grid import Combination
 from normprop.experiments.norm_curves import ARMS, Row
 from normprop.experiments.norm_schedule import Plan
 from normprop.experiments.reproduce.context import Context
-from normprop.experiments.reproduce.kalman_micro_batch import Difference
-from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
+from normprop.experiments.reproduce.reproduction import Difference, Reproduction, Table, judged, spread
 from normprop.experiments.settings import Settings
 from normprop.training import random_state
 from normprop.training.config import TrainConfig

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from normprop.data import batches
-from normprop.diagnostics.covariate_shift import LayerShift, following, shift
+from normprop.diagnostics.covariate_shift import LayerShift, shift
+from normprop.diagnostics.input_history import following
 from normprop.diagnostics.plot import Line, Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce import cifar

@@ -1,5 +1,6 @@
 """What a reproduction leaves: ours next to what the paper prints, where they agree and where not."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,43 @@ class Reproduction:
     contradicts: Sequence[str] = ()
     notes: Sequence[str] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods, one value for each seed that both finished.
+
+    Args:
+        values: the differences.
+
+    Example:
+        >>> difference = Difference.of({0: 3.0, 1: 4.0, 2: 5.0}, {0: 1.0, 1: 2.2})
+        >>> str(difference), difference.clear
+        ('+1.90 ± 0.14', True)
+    """
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference":
+        """Subtract the second from the first, seed by seed."""
+        return cls(tuple(first[seed] - second[seed] for seed in first if seed in second))
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; not a number of none."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def clear(self) -> bool:
+        """Whether the mean is more than twice its standard error away from 0; never of one seed."""
+        count = len(self.values)
+        return count > 1 and abs(self.mean) > 2 * statistics.stdev(self.values) / math.sqrt(count)
+
+    def __str__(self) -> str:
+        if len(self.values) < 2:
+            return f"{self.mean:+.2f} (one seed)"
+        return f"{self.mean:+.2f} ± {statistics.stdev(self.values):.2f}"
 
 
 def judged(claims: Sequence[tuple[bool, str]]) -> tuple[list[str], list[str]]:

@@ -12,8 +12,7 @@ from normprop.diagnostics.plot import Line, Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce.context import Context
 from normprop.experiments.reproduce.curves import complete
-from normprop.experiments.reproduce.kalman_micro_batch import Difference
-from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
+from normprop.experiments.reproduce.reproduction import Difference, Reproduction, Table, judged, spread
 from normprop.experiments.settings import Settings
 from normprop.experiments.trial import TrialRecord
 from normprop.training.config import TrainConfig
