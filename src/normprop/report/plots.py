@@ -46,6 +46,8 @@ _STYLE = {
     "xtick.labelsize": 11.5,
     "ytick.labelsize": 11.5,
     "legend.frameon": False,
+    "figure.constrained_layout.w_pad": 0.14,
+    "figure.constrained_layout.h_pad": 0.1,
     "legend.fontsize": 12.5,
 }
 
