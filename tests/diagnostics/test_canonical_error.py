@@ -245,8 +245,9 @@ def test_description():
         for name, layers in some.items():
             relative = sorted(layer.assumed.error / layer.assumed.diagonal for layer in layers)
             worst = max(layers, key=lambda layer: layer.assumed.coherence)
-            assert f"{name}: with uncorrelated inputs the error is {relative[2]:.2g} of the diagonal" in diagnosis.found
-            assert f"layer {worst.layer} (coherence {worst.assumed.coherence:.2f})" in diagnosis.found
+            words = f"{name}: relative to the variances, the covariances of units are {relative[2]:.2g} in the median"
+            assert words in diagnosis.found
+            assert f"layer {worst.layer} (cosine {worst.assumed.coherence:.2f})" in diagnosis.found
             assert {line.name for plot in diagnosis.figures for line in plot.lines} == set(some)
         assert svg(diagnosis.figures).startswith("<svg")
 
@@ -260,8 +261,8 @@ def test_description_of_what_cannot_be_measured():
     unbatched = measure(Subject("unbatched", nn.Conv1d(2, 3, 3), torch.randn(2, 9)))
     diagnosis = describe({"broken": broken, "single": single, "unbatched": unbatched})
     assert json.loads(json.dumps(diagnosis.numbers, allow_nan=False))["broken"][0]["error"] is None
-    assert "with the real ones" not in diagnosis.found
-    assert "single: with uncorrelated inputs" in diagnosis.found
+    assert "for the real ones" not in diagnosis.found
+    assert "single: relative to the variances" in diagnosis.found
     assert "broken: weights or inputs are not finite in any of 1 layers." in diagnosis.found
     assert "nan" not in diagnosis.found
     assert single[0].assumed.diagonal > 0

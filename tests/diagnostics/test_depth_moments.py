@@ -9,25 +9,21 @@ from torch import nn
 
 from normprop import models, norms
 from normprop.diagnostics import depth_moments as D
+from normprop.diagnostics.channels import channel_moments
 from normprop.diagnostics.diagnosis import Subject
 from normprop.errors import ConfigError
 from normprop.models.mlp import mlp
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_channel_moments():
     values = torch.randn(5, 4, 3, 2, dtype=torch.float64) + 2
     channels = values.transpose(0, 1).flatten(1)
-    found = D.channel_moments(values)
+    found = D.averages(channel_moments(values))
     assert found.mean_size == pytest.approx(channels.mean(1).abs().mean().item())
     assert found.squared_mean == pytest.approx(channels.mean(1).square().mean().item())
     assert found.variance == pytest.approx(channels.var(1, correction=0).mean().item())
     assert found.second == pytest.approx(values.square().mean().item())
-    last = D.channel_moments(values.movedim(1, -1), axis=-1)
+    last = D.averages(channel_moments(values.movedim(1, -1), axis=-1))
     assert vars(last) == pytest.approx(vars(found))
 
 
@@ -105,8 +101,8 @@ def test_blocks_stand_for_the_layers_inside():
     x = torch.randn(8, 3, 8, 8)
     output = twin[:3](x).detach()
     station = D.measure(Subject("batch", model, x))[2]
-    assert station.output.variance == pytest.approx(D.channel_moments(output).variance)
-    assert station.branch.variance == pytest.approx(D.channel_moments(seen["branch"]).variance)
+    assert station.output.variance == pytest.approx(channel_moments(output)[1].mean().item())
+    assert station.branch.variance == pytest.approx(channel_moments(seen["branch"])[1].mean().item())
     assert station.branch.variance == pytest.approx(1, rel=1e-3)  # batch norm ends the branch
 
 
@@ -164,13 +160,15 @@ def station(name, mean, variance, branch=None):
 def test_describe():
     plain = [station("a", 0.5, 0.25), station("b", 2.0, 0.125)]
     one = D.describe({"none": plain})
-    assert one.found.endswith("none: 0.25 to 0.125 and 0.5 to 2 (from a to b).")
+    assert one.found == (
+        "none: from layer or block a to b the average variance of a channel goes from 0.25 to 0.125, and the mean size "
+        "of the channel means from 0.5 to 2."
+    )
     assert len(one.figures) == 2
     deep = [station("a", 0.5, 1.0), station("b", 0.5, 2.0, 1.0), station("c", 0.5, 4.0, 0.0)]
     two = D.describe({"none": plain, "residual": deep})
-    assert two.found.endswith(
-        "none: 0.25 to 0.125 and 0.5 to 2 (from a to b); residual: 1 to 4 and 0.5 to 0.5 (from a to c)."
-    )
+    assert two.found.splitlines()[0] == one.found
+    assert two.found.splitlines()[1].startswith("residual: from layer or block a to c ")
     assert [line.name for line in two.figures[1].lines] == ["none", "residual"]
     assert two.figures[1].lines[1].y == [1.0, 2.0, 4.0]
     (line,) = two.figures[2].lines
@@ -184,6 +182,6 @@ def test_describe():
 
 def test_describe_bears_what_is_not_finite_or_missing():
     found = D.describe({"none": [station("a", 1.0, 1.0), station("b", math.inf, math.nan)], "empty": []})
-    assert "1 to nan and 1 to inf" in found.found
+    assert "goes from 1 to nan, and the mean size of the channel means from 1 to inf." in found.found
     json.dumps(found.numbers, allow_nan=False)
     assert D.describe({}).found == "No layers were looked at."

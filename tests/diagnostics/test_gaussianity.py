@@ -8,21 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normprop import models, norms
-from normprop import nn as npnn
+from normprop import models
 from normprop.diagnostics import gaussianity as G
 from normprop.diagnostics.diagnosis import Subject
 from normprop.errors import ConfigError
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def kept(values):
-    return values
-
 
 # --- statistics
 
@@ -135,132 +124,6 @@ def test_skew_of_rectified_inputs():
     assert found[1].pooled.std.item() == pytest.approx(math.sqrt(var), abs=0.01)
 
 
-# --- pre-activations
-
-
-@pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("moments", ["fixed", "live"])
-@pytest.mark.parametrize("activation", ["relu", "tanh", nn.PReLU()])
-def test_normprop_layers(center, moments, activation):
-    layer = npnn.Conv2d(3, 5, 3, padding=1, activation=activation, center=center, moments=moments, gain=0.7)
-    nn.init.normal_(layer.bias)
-    x = torch.randn(4, 3, 6, 6)
-    weight = layer.weight.detach()
-    weight = weight - weight.mean((1, 2, 3), keepdim=True) if center else weight
-    weight = 0.7 * weight / weight.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
-    expected = F.conv2d(x, weight, layer.bias.detach(), padding=1)
-    found = G.preactivations(nn.Sequential(layer), x, kept)
-    assert list(found) == ["0"]
-    torch.testing.assert_close(found["0"], expected.flatten(2))
-
-
-def test_normprop_linear_on_tokens_and_transposed_convolution():
-    layer = npnn.Linear(4, 6, activation="relu")
-    x = torch.randn(3, 5, 4)
-    bare = npnn.Linear(4, 6)
-    bare.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(G.preactivations(layer, x, kept)["Linear"], bare(x).detach().movedim(-1, 1))
-    layer = npnn.ConvTranspose2d(3, 5, 2, stride=2, activation="relu", center=False)
-    bare = npnn.ConvTranspose2d(3, 5, 2, stride=2, center=False)
-    bare.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 3, 4, 4)
-    found = G.preactivations(layer, x, kept)["ConvTranspose2d"]
-    torch.testing.assert_close(found, bare(x).detach().flatten(2))
-
-
-def test_normprop_layer_without_activation_has_none():
-    model = nn.Sequential(npnn.Linear(4, 3), nn.ReLU())
-    assert list(G.preactivations(model, torch.randn(2, 4), kept)) == ["1"]
-
-
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-@pytest.mark.parametrize("project", [False, True])
-def test_normprop_sums(activation, project):
-    branch = npnn.Conv2d(4, 4, 3, padding=1)
-    nn.init.constant_(branch.gain, 0.5)
-    shortcut = npnn.Conv2d(4, 4, 1, center=False) if project else None
-    block = npnn.Residual(branch, shortcut, activation=activation)
-    x = torch.randn(2, 4, 5, 5)
-    found = G.preactivations(nn.Sequential(block), x, kept)
-    skip = shortcut(x) if project else x
-    assert list(found) == ["0"]
-    expected = (skip + branch(x)) / math.sqrt(1 + 0.25)
-    torch.testing.assert_close(found["0"], expected.detach().flatten(2))
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.act = nn.Linear(4, 3), nn.Linear(3, 3), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        x = torch.relu(self.first(x))
-        x = self.act(self.second(x))
-        x = self.act(self.second(x).clone())
-        return F.gelu(self.second(x)).relu_().sigmoid()
-
-
-def test_functions_and_shared_modules_are_found_in_order():
-    model = Functional()
-    x = torch.randn(5, 4)
-    found = G.preactivations(model, x, kept)
-    assert list(found) == ["Functional", "act", "act (2)", "Functional (2)", "Functional (3)", "Functional (4)"]
-    first = model.first(x).detach()
-    torch.testing.assert_close(found["Functional"][..., 0], first)
-    torch.testing.assert_close(found["act"][..., 0], model.second(first.relu()).detach())
-
-
-@pytest.mark.parametrize(
-    "activation",
-    [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.GELU(),
-     nn.SiLU(), nn.Mish(), nn.Sigmoid(), nn.Tanh(), nn.Softplus(), nn.Softsign(), nn.Tanhshrink(), nn.Softshrink(),
-     nn.Hardshrink(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(), nn.LogSigmoid(), nn.Threshold(0.1, 0.0)],
-    ids=lambda module: type(module).__name__,
-)  # fmt: skip
-def test_every_activation_of_torch_counts_once(activation):
-    linear = nn.Linear(3, 4)
-    x = torch.randn(5, 3)
-    found = G.preactivations(nn.Sequential(linear, activation), x, kept)
-    assert list(found) == ["1"]
-    torch.testing.assert_close(found["1"][..., 0], linear(x).detach())
-
-
-def test_units_of_tokens_are_on_the_last_axis():
-    model = nn.Sequential(nn.Linear(3, 4), nn.GELU())
-    x = torch.randn(2, 7, 3)
-    torch.testing.assert_close(G.preactivations(model, x, kept)["1"], model[0](x).detach().mT)
-    found = G.preactivations(nn.Sequential(nn.Conv1d(3, 4, 1), nn.GELU()), torch.randn(2, 3, 7), kept)
-    assert found["1"].shape == (2, 4, 7)
-
-
-@pytest.mark.parametrize("name", norms.names())
-def test_every_method(name):
-    """A ResNet-8 calls seven activations, whatever else a method computes; C = N must not let tables pass for maps."""
-    model = models.create("resnet8", (3, 8, 8), 10, norm=name, width=0.25).train()
-    found = G.preactivations(model, torch.randn(16, 3, 8, 8), lambda values: tuple(values.shape))
-    gated = {"evonorm-s0": 3}  # in its blocks the activation is part of the norm
-    assert len(found) == gated.get(name, 7)
-    assert {len(shape) for shape in found.values()} == {3}
-    assert {shape[0] for shape in found.values()} == {16}
-    assert [shape[1] for shape in found.values()] == sorted(shape[1] for shape in found.values())
-    assert "2.branch.0" in " ".join(found) or name in gated
-
-
-def test_gates_of_an_lstm_are_no_activations():
-    model = models.create("lstm", (3, 8, 8), 10, norm="recurrent-normprop", width=0.25)
-    with pytest.raises(ConfigError, match="calls no activation"):
-        G.preactivations(model, torch.randn(2, 3, 8, 8), kept)
-
-
-def test_batch_norm_in_both_modes():
-    model = norms.block("batch")(3, 4, 3)
-    x = torch.randn(8, 3, 6, 6)
-    for mode in (True, False):
-        twin = copy.deepcopy(model).train(mode)
-        expected = twin.norm(twin.linear(x)).detach().flatten(2)
-        torch.testing.assert_close(G.preactivations(model.train(mode), x, kept)["activation"], expected)
-
-
 @pytest.mark.parametrize("name", ["batch", "normprop", "kalman-batch", "cross-iteration"])
 def test_the_network_stays_as_it_is(name):
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5), models.create("nin", (3, 8, 8), 4, name, width=0.05))
@@ -315,11 +178,14 @@ def test_describe_names_the_least_gaussian_layer_of_every_network():
     near = G.gaussianity(torch.randn(4000, 8), "near")
     far = G.gaussianity(torch.randn(4000, 8).exp(), "far")
     one = G.describe({"net": [near, far]})
-    assert f"of net: far (median |skew| {far.units.skew.abs().quantile(0.5):.2g}" in one.found
-    assert f"by chance: net {100 * (near.within + far.within) / 2:.0f}%." in one.found
+    assert f"least Gaussian are those of layer far (median |skew| {far.units.skew.abs().quantile(0.5):.2g}" in one.found
+    assert one.found.startswith(f"net: {100 * (near.within + far.within) / 2:.0f}% of the units")
     two = G.describe({"a": [near], "b": [near, far]})
-    assert "of a: near" in two.found
-    assert ", of b: far" in two.found
+    a, b = two.found.splitlines()
+    assert a.startswith("a: ")
+    assert "of layer near" in a
+    assert b.startswith("b: ")
+    assert "of layer far" in b
     assert [line.name for line in two.figures[0].lines] == ["a", "b", ""]
     band = two.figures[1].lines[-1]
     assert band.high[0] == pytest.approx(2 * math.sqrt(24 / 4000))
@@ -335,7 +201,7 @@ def test_describe_bears_dead_units_missing_layers_and_overflow():
     some = G.gaussianity(values, "some")
     lost = G.gaussianity(torch.full((100, 2), math.inf), "lost")
     found = G.describe({"a": [some, dead, lost], "b": []})
-    assert "of a: dead (median |skew| nan" in found.found
+    assert "of layer dead (median |skew| nan" in found.found
     assert some.within <= 2 / 3
     assert dead.within == 0
     json.dumps(found.numbers, allow_nan=False)

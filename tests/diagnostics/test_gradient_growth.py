@@ -15,15 +15,6 @@ from normprop.moments import of
 RELU = math.pi / (math.pi - 1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def chains(norm, activation, batch, *, seeds=1, width=500, depth=24, skip=4):
     """Rates of deep random networks."""
     found = []
@@ -201,7 +192,7 @@ def test_describe_one_and_two_networks():
         "a: on the way back the squared gradient is multiplied by 2.000 ± 0.010 per layer, where theory says 1.980."
     )
     two = describe(a=a, b=b)
-    assert two.found == f"{one.found} b: on the way back the squared gradient is multiplied by 1.000 per layer."
+    assert two.found == f"{one.found}\nb: on the way back the squared gradient is multiplied by 1.000 per layer."
     assert [line.name for line in two.figures[0].lines] == ["a", "b"]
     assert [(line.name, line.style) for line in two.figures[1].lines] == [
         ("a", "points"),
@@ -217,4 +208,4 @@ def test_describe_what_is_not_finite():
     bad = G.Growth(("0", "1"), (math.inf, 1.0), G.Rate(math.nan, math.nan))
     short = G.Growth(("0",), (1.0,), G.Rate(math.nan, math.nan))
     found = describe(bad=bad, short=short).found
-    assert found == "bad: no rate, the squared gradient is inf at layer 0. short: no rate, there are too few layers."
+    assert found == "bad: no rate, the squared gradient is inf at layer 0.\nshort: no rate, there are too few layers."

@@ -9,35 +9,8 @@ from torch import nn
 from normprop import models
 from normprop.diagnostics import gradient_noise as gn
 from normprop.diagnostics.diagnosis import Subject
-from normprop.diagnostics.gradient_histogram import gradients
+from normprop.diagnostics.loss import gradients
 from normprop.errors import ConfigError
-
-
-def snapshot(model):
-    tensors = {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    modes = [
-        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-        for module in model.modules()
-    ]
-    needs = [p.requires_grad for p in model.parameters()]
-    return {**tensors, "rng": torch.get_rng_state()}, grads, (modes, needs)
-
-
-def assert_same(before, after):
-    for a, b in zip(before[:2], after[:2], strict=True):
-        assert a.keys() == b.keys()
-        assert all((a[k] is None and b[k] is None) or torch.equal(a[k], b[k]) for k in a)
-    assert before[2] == after[2]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def subject(norm="batch", name="mlp", shape=(5,), samples=12):
@@ -102,15 +75,14 @@ def test_a_batch_statistic_without_buffers_is_noticed():
 
 
 @pytest.mark.parametrize("norm", ["none", "normprop", "batch", "cross-iteration"])
-def test_the_network_stays_as_it_is(norm):
+def test_the_network_stays_as_it_is(norm, unchanged):
     case = subject(norm, "resnet8", (3, 8, 8), 8)
     case.model.append(nn.Dropout(0.3))
-    before = snapshot(case.model)
-    with torch.no_grad():
-        first, second = gn.measure(case, (2, 4), 2), gn.measure(case, (2, 4), 2)
-    assert first == second
-    assert gn.measure(case, (2, 4), 2, seed=1).noise != first.noise
-    assert_same(before, snapshot(case.model))
+    with unchanged(case.model):
+        with torch.no_grad():
+            first, second = gn.measure(case, (2, 4), 2), gn.measure(case, (2, 4), 2)
+        assert first == second
+        assert gn.measure(case, (2, 4), 2, seed=1).noise != first.noise
 
 
 def test_float32_agrees_with_float64():
@@ -140,12 +112,17 @@ def test_describe_one_and_more():
     a = gn.GradientNoise(9, 0.5, (1, 2), (4.4, 1.4), (0.1, 0.1), 4.0, True, 2.0)
     b = gn.GradientNoise(9, 0.5, (2, 4), (7.0, 2.5), (0.1, 0.1), 16.0, False, 4.0)
     one = gn.describe({"none": a})
-    assert "none 2 (exact, batches have 0.8 to 1.1 times the noise that this predicts)." in one.found
+    assert one.found == (
+        "none: the mean squared distance of an image's gradient from that of all images is 2 times the squared length "
+        "of the latter. Batches have 0.8 to 1.1 times the noise that this predicts."
+    )
     lost = gn.GradientNoise(9, 0.5, (1, 2), (math.nan,) * 2, (math.nan,) * 2, math.nan, True, math.nan)
     flat = gn.GradientNoise(9, 0.5, (1, 2), (0.0,) * 2, (0.0,) * 2, 0.0, True, 0.0)
     more = gn.describe({"none": a, "batch": b, "lost": lost, "flat": flat})
-    assert "batch 4 (from batches of 4, as images have no gradients alone" in more.found
-    assert "lost not known, as gradients are not finite; flat not known, as the gradient is 0." in more.found
+    first, second, *rest = more.found.splitlines()
+    assert first == one.found
+    assert "is 4 times the squared length of the latter, as batches of 4 imply; no image has" in second
+    assert rest == ["lost: not known, as gradients are not finite.", "flat: not known, as the gradient is 0."]
     json.dumps(more.numbers, allow_nan=False)
     measured, theory = more.figures[0].lines[:2]
     assert (measured.name, theory.name, theory.style) == ("none", "none", "theory")

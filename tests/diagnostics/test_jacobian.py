@@ -29,15 +29,6 @@ TABLE_A = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def paper_layer(inputs, outputs, activation="relu"):
     layer = Linear(inputs, outputs, bias=False, activation=activation, center=False, moments="fixed")
     nn.init.normal_(layer.weight)
@@ -153,34 +144,6 @@ def test_gain_scales_the_prediction_and_live_moments_follow_the_gain():
     assert J.predicted(Linear(8, 8, gain=0.5)) == pytest.approx(0.25)
 
 
-def test_lanczos_matches_the_moments_of_the_density_and_its_residual_holds():
-    root = torch.randn(2, 30, 30, dtype=torch.float64)
-    matrix, start = root @ root.mT, torch.randn(2, 30, dtype=torch.float64)
-    nodes, weights, residual = J.lanczos(lambda v: (matrix @ v[..., None])[..., 0], start, 6)
-    unit = start / start.norm(dim=1, keepdim=True)
-    power = unit
-    for k in range(12):  # Gauss: exact to degree 2 * 6 - 1
-        expected = (unit * power).sum(1)
-        assert torch.allclose((weights * nodes**k).sum(1), expected, rtol=1e-8), k
-        power = (matrix @ power[..., None])[..., 0]
-    eigenvalues = torch.linalg.eigvalsh(matrix)
-    assert bool(((eigenvalues - nodes[:, -1:]).abs().amin(1) <= residual).all())
-    assert bool((residual > 0).all())
-    nodes, _, residual = J.lanczos(lambda v: (matrix @ v[..., None])[..., 0], start, 200, tolerance=1e-6)
-    assert nodes.shape[1] < 30
-    assert torch.allclose(nodes[:, -1], eigenvalues[:, -1], rtol=1e-10)
-
-
-def test_lanczos_survives_breakdown_and_refuses_what_is_not_finite():
-    scale = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    nodes, weights, residual = J.lanczos(lambda v: v * scale, torch.tensor([[1.0, 0, 0], [1.0, 1.0, 0]]), 3)
-    assert (weights * nodes).sum(1).tolist() == [2.0, 0.0]
-    assert residual.tolist() == [0.0, 0.0]
-    nodes, _, residual = J.lanczos(lambda v: v * math.nan, torch.ones(1, 3), 3)
-    assert math.isnan(float(nodes[0, -1]))
-    assert math.isnan(float(residual))
-
-
 class Residual(nn.Module):
     """Everything in place, with a skip."""
 
@@ -227,14 +190,6 @@ def test_measure_is_the_layer_alone_and_leaves_the_network_as_it_is(norm):
         assert found.network.diagonal_mean == pytest.approx(float(dense.square().sum() / 8 / 3), rel=1e-4, abs=1e-9)
 
 
-def test_dropout_is_one_draw_for_both_products():
-    net = nn.Sequential(nn.Linear(20, 20), nn.Dropout(0.5), nn.Linear(20, 20)).train()
-    x = torch.randn(2, 20, requires_grad=True)
-    products = J.linearise(net(x), [x], "net")
-    u, v = torch.randn(2, 20), torch.randn(2, 20)
-    assert float((products.jvp([v]) * u).sum()) == pytest.approx(float((products.vjp(u)[0] * v).sum()), rel=1e-4)
-
-
 def test_attention_and_convolutions():
     for name, shape in (("vit", (3, 8, 8)), ("nin", (3, 16, 16))):
         net = models.create(name, shape, 5, norm="layer", width=0.1).eval()
@@ -259,7 +214,7 @@ def test_a_layer_that_is_called_twice_counts_by_its_first_call():
     [
         (nn.Linear(3, 2), torch.ones(2, 3, dtype=torch.long), "floating point batch"),
         (nn.Linear(3, 2), torch.ones(0, 3), "at least one sample"),
-        (nn.Linear(3, 2), torch.ones(2, 4), "Linear does not take inputs of shape (2, 4)"),
+        (nn.Linear(3, 2), torch.ones(2, 4), "Linear: the network does not take inputs of shape (2, 4)"),
         (nn.LSTM(3, 2), torch.ones(2, 4, 3), "LSTM returns tuple"),
         (lambda x: x.detach(), torch.ones(2, 3), "does not depend"),
         (lambda x: x.argmax(1), torch.ones(2, 3), "returns torch.int64"),
@@ -297,12 +252,12 @@ def test_describe_one_and_two_networks():
     one = describe(plain=plain)
     assert one.found == (
         "plain: its 2 layers multiply the squared length of a gradient by 1 on average (0.25 to 4); the whole network "
-        "by 1, and its largest singular value is 1."
+        "by 1. The most that it stretches a small change by is 1."
     )
     assert one.title.endswith("?")
     paper = models.mlp(16, 3, norm="normprop", depth=2, hidden_features=32)
     two = describe(plain=plain, paper=J.measure(Subject("paper", paper, torch.randn(8, 16))))
-    assert one.found in two.found
+    assert one.found == two.found.splitlines()[0]
     assert "paper: its 3 layers" in two.found
     assert "where theory says 1 to 1.47" in two.found
     assert [(line.name, line.style) for line in two.figures[0].lines] == [

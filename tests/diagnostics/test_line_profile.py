@@ -12,33 +12,6 @@ from normprop.diagnostics.diagnosis import Subject
 from normprop.errors import ConfigError
 
 
-def snapshot(model):
-    tensors = {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    modes = [
-        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-        for module in model.modules()
-    ]
-    needs = [p.requires_grad for p in model.parameters()]
-    return {**tensors, "rng": torch.get_rng_state()}, grads, (modes, needs)
-
-
-def assert_same(before, after):
-    for a, b in zip(before[:2], after[:2], strict=True):
-        assert a.keys() == b.keys()
-        assert all((a[k] is None and b[k] is None) or torch.equal(a[k], b[k]) for k in a)
-    assert before[2] == after[2]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def subject(norm="batch", name="resnet8", shape=(3, 8, 8), samples=12):
     model = models.create(name, shape, 10, norm=norm, width=0.25)
     return Subject(norm, model, torch.randn(samples, *shape), torch.randint(0, 10, (samples,)))
@@ -99,8 +72,8 @@ def test_rounding_is_no_rise():
     found = lp.measure(case, (1e-12, 1e-11, 1e-10))
     assert math.isinf(found.rise)
     assert found.best == 0.0
-    assert "more than 1e-10" in lp.describe({"none": found}).found
-    assert "0 (no step lowers it)" in lp.describe({"none": found}).found
+    words = "none: the loss stays at its start or below up to a step of 1e-10; no step lowers it."
+    assert lp.describe({"none": found}).found == words
 
 
 def test_losses_that_are_not_finite_count_as_a_rise():
@@ -115,21 +88,22 @@ def test_losses_that_are_not_finite_count_as_a_rise():
     lost = lp.line_profile(model, torch.randn(6, 3), torch.arange(6) % 4)
     assert lost.best == 0.0
     diagnosis = lp.describe({"lost": lost, "deep": found})
-    assert "lost has no finite loss" in diagnosis.found
-    assert "deep 1e+30 and 0.1" in diagnosis.found
+    assert "lost: the loss is not finite before the step." in diagnosis.found
+    assert "deep: the loss is above its start from a step of 1e+30 on; it is lowest after a step of 0.1." in (
+        diagnosis.found
+    )
     json.dumps(diagnosis.numbers, allow_nan=False)
 
 
 @pytest.mark.parametrize("norm", ["none", "normprop", "batch", "cross-iteration"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_network_stays_as_it_is(norm, training):
+def test_the_network_stays_as_it_is(norm, training, unchanged):
     case = subject(norm)
     case.model.append(nn.Dropout(0.3)).train(training)
-    before = snapshot(case.model)
-    with torch.no_grad():
-        first, second = lp.measure(case, (1e-3, 0.1)), lp.measure(case, (1e-3, 0.1))
-    assert first == second
-    assert_same(before, snapshot(case.model))
+    with unchanged(case.model):
+        with torch.no_grad():
+            first, second = lp.measure(case, (1e-3, 0.1)), lp.measure(case, (1e-3, 0.1))
+        assert first == second
 
 
 def test_dropout_is_the_same_at_all_steps():
@@ -163,9 +137,11 @@ def test_labels_are_needed():
 def test_describe_one_and_two():
     a = lp.LineProfile(2.0, 3.0, (0.1, 1.0), (1.0, 4.0), 1.0, 0.1)
     b = lp.LineProfile(4.0, 3.0, (0.1, 1.0), (3.0, 1.0), math.inf, 1.0)
-    assert lp.describe({"a": a}).found.endswith(": a 1 and 0.1.")
+    one = "a: the loss is above its start from a step of 1 on; it is lowest after a step of 0.1."
+    assert lp.describe({"a": a}).found == one
     both = lp.describe({"a": a, "b": b})
-    assert both.found.endswith(": a 1 and 0.1; b more than 1 and 1.")
+    two = "b: the loss stays at its start or below up to a step of 1; it is lowest after a step of 1."
+    assert both.found == f"{one}\n{two}"
     assert both.numbers["b"]["rise"] is None
     (plot,) = both.figures
     assert [list(line.y) for line in plot.lines] == [[0.5, 2.0], [0.75, 0.25]]

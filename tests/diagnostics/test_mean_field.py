@@ -446,7 +446,7 @@ def test_networks_without_gradients_and_with_frozen_parameters():
 
 
 def test_errors_are_one_line():
-    with pytest.raises(ConfigError, match=r"^net: the network fails on inputs of shape \(4, 5\)") as caught:
+    with pytest.raises(ConfigError, match=r"^net: the network does not take inputs of shape \(4, 5\)") as caught:
         measure(Subject("net", nn.Linear(3, 2), torch.randn(4, 5)))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="net: the network calls no layer with a weight"):

@@ -9,35 +9,8 @@ from torch import nn
 from normprop import models
 from normprop.diagnostics import output_gradients as og
 from normprop.diagnostics.diagnosis import Subject
-from normprop.diagnostics.gradient_histogram import gradients
+from normprop.diagnostics.loss import gradients
 from normprop.errors import ConfigError
-
-
-def snapshot(model):
-    tensors = {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    modes = [
-        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-        for module in model.modules()
-    ]
-    needs = [p.requires_grad for p in model.parameters()]
-    return {**tensors, "rng": torch.get_rng_state()}, grads, (modes, needs)
-
-
-def assert_same(before, after):
-    for a, b in zip(before[:2], after[:2], strict=True):
-        assert a.keys() == b.keys()
-        assert all((a[k] is None and b[k] is None) or torch.equal(a[k], b[k]) for k in a)
-    assert before[2] == after[2]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def subject(norm="batch", name="resnet8", shape=(3, 8, 8), samples=12):
@@ -90,13 +63,12 @@ def test_the_means_are_the_gradient_of_the_last_bias():
 
 @pytest.mark.parametrize("norm", ["none", "normprop", "batch", "cross-iteration"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_network_stays_as_it_is(norm, training):
+def test_the_network_stays_as_it_is(norm, training, unchanged):
     case = subject(norm)
     case.model.append(nn.Dropout(0.3)).train(training)
-    before = snapshot(case.model)
-    first, second = og.measure(case), og.measure(case)
-    assert torch.equal(first.gradients, second.gradients)
-    assert_same(before, snapshot(case.model))
+    with unchanged(case.model):
+        first, second = og.measure(case), og.measure(case)
+        assert torch.equal(first.gradients, second.gradients)
     assert not first.gradients.requires_grad
 
 
@@ -141,13 +113,15 @@ def test_describe_one_and_more():
         "even": og.output_gradients(torch.zeros(40, 4), labels),
     }
     one = og.describe({"stuck": results["stuck"]})
-    expected = "stuck 50.0% (class 2 has 75% of the squared mean gradient, 100% of the images are given one class)"
-    assert expected in one.found
+    assert one.found == (
+        "stuck: 50.0% of the variance of the output gradients lies between the classes, the same for every image; "
+        "class 2 has 75% of the squared mean gradient, and 100% of the images are given one class."
+    )
     assert len(one.figures) == 2
     more = og.describe(results)
     assert [figure.title for figure in more.figures[:2]] == [f"Gradient by the outputs, {n}" for n in ("stuck", "even")]
     assert [line.name for line in more.figures[2].lines] == list(results)
     right = [row.index(min(row)) for row in more.figures[1].values]
     assert right == sorted(right)  # images sorted by class
-    assert "even 0.0%" in more.found
+    assert "even: 0.0% of the variance" in more.found
     json.dumps(more.numbers, allow_nan=False)

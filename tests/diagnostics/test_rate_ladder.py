@@ -19,14 +19,6 @@ CONFIG = TrainConfig(epochs=5, batch_size=16, schedule="constant", momentum=0.0,
 GRID = [0.01, 0.1, 10**-0.5, 1.0, 10**0.5, 1e3]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def dataset():
     """Three classes told apart by where their means are."""
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +54,7 @@ def test_without_a_norm_the_limit_is_lower(ladders):
     assert ladders["batch"].accuracy(best) > 0.8
     assert ladders["batch"].accuracy(best) > ladders["batch"].accuracy(0.01)
     document = describe(ladders)
-    assert f"none stays finite for 5 epochs up to a rate of {ladders['none'].limit:.3g}" in document.found
+    assert f"none: stays finite for 5 epochs up to a rate of {ladders['none'].limit:.3g}" in document.found
     ratio = ladders["batch"].limit / ladders["none"].limit
     assert f"The limit of batch is {ratio:.3g} times that of none." in document.found
     accuracy = 100 * ladders["batch"].accuracy(best)
@@ -137,13 +129,13 @@ def test_describe_one_and_two():
     lost = Ladder((rung(0.5, None),), 1, 4)
     one = describe({"none": none})
     assert one.found == (
-        "none stays finite for 2 epochs up to a rate of 0.1; its best test accuracy is 75.0 %, at a rate of 0.1."
+        "none: stays finite for 2 epochs up to a rate of 0.1; its best test accuracy is 75.0 %, at a rate of 0.1."
     )
     two = describe({"none": none, "batch": batch, "lost": lost})
-    assert "batch stays finite for 1 epoch up to a rate of 1, the largest tried" in two.found
-    assert "its best test accuracy is 85.0 %, at a rate of 1;" in two.found
-    assert "lost diverges within 1 epoch at a rate of 0.5, the smallest tried." in two.found
-    assert two.found.endswith("The limit of batch is at least 10 times that of none.")
+    assert "batch: stays finite for 1 epoch up to a rate of 1, the largest tried" in two.found
+    assert "its best test accuracy is 85.0 %, at a rate of 1.\n" in two.found
+    assert "lost: diverges within 1 epoch at a rate of 0.5, the smallest tried." in two.found
+    assert two.found.endswith("\nThe limit of batch is at least 10 times that of none.")
     assert [line.name for line in two.figures[0].lines] == ["none", "batch", "lost"]
     none_line, batch_line, _ = two.figures[0].lines
     assert none_line.y[0] == 75.0

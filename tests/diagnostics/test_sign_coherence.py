@@ -9,37 +9,11 @@ from torch import nn
 from normprop import models
 from normprop.diagnostics import sign_coherence as sc
 from normprop.diagnostics.diagnosis import Subject
-from normprop.diagnostics.gradient_histogram import gradients
+from normprop.diagnostics.linear_calls import LinearCall
+from normprop.diagnostics.loss import gradients
 from normprop.errors import ConfigError
 from normprop.functional import activate, normalization, normalize_weight
 from normprop.moments import resolve
-
-
-def snapshot(model):
-    tensors = {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    modes = [
-        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-        for module in model.modules()
-    ]
-    needs = [p.requires_grad for p in model.parameters()]
-    return {**tensors, "rng": torch.get_rng_state()}, grads, (modes, needs)
-
-
-def assert_same(before, after):
-    for a, b in zip(before[:2], after[:2], strict=True):
-        assert a.keys() == b.keys()
-        assert all((a[k] is None and b[k] is None) or torch.equal(a[k], b[k]) for k in a)
-    assert before[2] == after[2]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def subject(norm="batch", name="resnet8", shape=(3, 8, 8), samples=6):
@@ -48,7 +22,7 @@ def subject(norm="batch", name="resnet8", shape=(3, 8, 8), samples=6):
 
 
 def coherence(function, weight, u, d, **options):
-    call = sc.LinearCall("", function, {"input": u, "weight": weight, **options}, d)
+    call = LinearCall("", function, {"input": u, "weight": weight, **options}, d)
     return sc.sign_coherence([call], [d])
 
 
@@ -161,14 +135,13 @@ def test_a_layer_that_is_called_twice_adds_its_terms():
 
 @pytest.mark.parametrize("norm", ["none", "normprop", "batch", "cross-iteration", "kalman-batch"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_network_stays_as_it_is(norm, training):
+def test_the_network_stays_as_it_is(norm, training, unchanged):
     case = subject(norm)
     case.model.append(nn.Dropout(0.3)).train(training)
-    before = snapshot(case.model)
-    with torch.no_grad():
-        first, second = sc.measure(case), sc.measure(case)
-    assert first == second
-    assert_same(before, snapshot(case.model))
+    with unchanged(case.model):
+        with torch.no_grad():
+            first, second = sc.measure(case), sc.measure(case)
+        assert first == second
 
 
 def test_unnormalised_terms_share_their_sign_more_than_normalised_ones():
@@ -194,10 +167,17 @@ def test_errors_are_one_line():
 
 def test_describe_one_and_more():
     a, b = sc.SignCoherence("3", 12.0, 6.0, 4.0), sc.SignCoherence("5", 12.0, 3.0, 0.0)
-    assert sc.describe({"none": a}).found.endswith(": none 2 and 3 (3).")
+    assert sc.describe({"none": a}).found == (
+        "none: without their signs, the terms of the gradient of layer 3 add up to 2 times what is left of them within "
+        "images (a/b1), and 3 times what is left in all (a/c)."
+    )
     zero, lost = sc.SignCoherence("1", 0.0, 0.0, 0.0), sc.SignCoherence("1", math.nan, 1.0, 1.0)
     more = sc.describe({"none": a, "batch": b, "zero": zero, "lost": lost})
-    assert "batch 4 and inf (5); zero not known, as all terms are 0 (1); lost not known" in more.found
+    _, second, *rest = more.found.splitlines()
+    assert second.startswith("batch: ")
+    assert "layer 5 add up to 4 times" in second
+    assert "and inf times what is left in all" in second
+    assert rest == ["zero: all terms of the gradient of layer 1 are 0.", "lost: the gradient of layer 1 is not finite."]
     assert more.numbers["none"] == {"layer": "3", "a": 12, "b1": 6, "c": 4, "a_over_b1": 2, "a_over_c": 3}
     json.dumps(more.numbers, allow_nan=False)
     assert list(more.figures[0].lines[0].y) == pytest.approx([1, 1 / 2, 1 / 3])

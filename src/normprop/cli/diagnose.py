@@ -84,7 +84,7 @@ def diagnose(
     for path, text in files.items():
         write_whole(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
     for diagnosis in diagnoses:
-        print(f"{diagnosis.title} {diagnosis.found}\n")
+        print(f"{diagnosis.title}\n{diagnosis.found}\n")
     for line in left_out:
         print(f"Left out: {line}")
     print(out)

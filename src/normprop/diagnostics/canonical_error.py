@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.passes import LinearCall, finite, linear_calls
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.linear_calls import LinearCall, Watching
 from normprop.diagnostics.plot import Line, Plot
+from normprop.diagnostics.quiet import call, quietly
 from normprop.errors import ConfigError
+from normprop.functional import normalize_weight
 from normprop.fused import at_least_float32
+from normprop.nn import NormPropLayer
 
 _ROWS = 1024  # of the Gram matrix at a time
 
@@ -197,20 +200,36 @@ def measure(subject: Subject) -> tuple[LayerError, ...]:
         >>> [found.layer for found in measure(Subject("small", torch.nn.Linear(4, 3), torch.randn(8, 4)))]
         ['Linear']
     """
-    found: list[LayerError] = []
+    found: dict[str, LayerError] = {}
 
-    def look(call: LinearCall) -> None:
-        dimensions = call.weight[0].numel() - call.centered
-        variance = at_least_float32(call.input).movedim(1, 0).flatten(1).var(1, correction=0).mean().item()
-        assumed = canonical_error(call.weight, variance or 1.0, call.groups, max(1, dimensions))
-        found.append(LayerError(call.name, assumed, measured_error(call.output)))
+    def look(linear: LinearCall) -> None:
+        if linear.name not in found:
+            found[linear.name] = _layer_error(linear)
 
-    linear_calls(subject, look)
+    with quietly(subject.model, subject.inputs) as network, Watching(network, look):
+        call(network, subject.inputs.detach().clone(), subject.name)
     if not found:
         raise ConfigError(
             f"{subject.name}: the network calls no linear map or convolution; there is nothing to look at"
         )
-    return tuple(found)
+    return tuple(found.values())
+
+
+def _layer_error(linear: LinearCall) -> LayerError:
+    """Proposition 1 of one call."""
+    input, weight, output = linear.arguments["input"], linear.arguments["weight"], linear.output
+    module, groups = linear.module, linear.groups
+    centered = isinstance(module, NormPropLayer) and module.center
+    if isinstance(module, NormPropLayer):  # which applies gain and deviation too
+        weight = normalize_weight(module.weight, torch.ones_like(module.gain), center=centered, groups=groups)
+        output = linear.again(weight=weight.to(input.dtype), bias=None)
+    if output.ndim < weight.ndim:
+        input, output = input.unsqueeze(0), output.unsqueeze(0)
+    if linear.function is F.linear:  # features are last
+        input, output = input.movedim(-1, 1), output.movedim(-1, 1)
+    variance = at_least_float32(input).movedim(1, 0).flatten(1).var(1, correction=0).mean().item()
+    assumed = canonical_error(weight, variance or 1.0, groups, max(1, weight[0].numel() - centered))
+    return LayerError(linear.name, assumed, measured_error(output))
 
 
 def describe(results: Mapping[str, Sequence[LayerError]]) -> Diagnosis:
@@ -231,11 +250,11 @@ def describe(results: Mapping[str, Sequence[LayerError]]) -> Diagnosis:
         name="canonical-error",
         title="How far is each layer from the uncorrelated units that normalising by weights assumes?",
         look_for=(
-            "The lower the error against the diagonal, the better: dashed lines are the two bounds in the first plot "
-            "and the error with uncorrelated inputs in the second, so that the distance above it is what real inputs "
-            "cost."
+            "The lower the better: the error is what normalising by weights ignores, the covariances between units, "
+            "relative to the variances, which it keeps; dashed lines are its two bounds in the first plot and the "
+            "error for uncorrelated inputs in the second, so that the distance above it is what real inputs cost."
         ),
-        found=" ".join(_sentence(name, layers) for name, layers in results.items()),
+        found=by_network(results, _words),
         numbers={name: [_numbers(found) for found in layers] for name, layers in results.items()},
         figures=[
             Plot(
@@ -303,19 +322,19 @@ def _line(name: str, layers: Sequence[LayerError], value: Callable[[LayerError],
     return Line(name, range(len(layers)), y, style="theory" if theory else "both")
 
 
-def _sentence(name: str, layers: Sequence[LayerError]) -> str:
+def _words(layers: Sequence[LayerError]) -> str:
     """What was found in one network."""
     assumed = _median([_relative(found.assumed.error, found) for found in layers])
     tight = _median([_relative(found.assumed.tight, found) for found in layers])
     measured = _median([_relative(found.measured, found) for found in layers])
     if not math.isfinite(assumed):
-        return f"{name}: weights or inputs are not finite in any of {len(layers)} layers."
-    words = f"{name}: with uncorrelated inputs the error is {assumed:.2g} of the diagonal in the median layer"
-    words += f" (bound {tight:.2g})"
+        return f"weights or inputs are not finite in any of {len(layers)} layers."
+    text = f"relative to the variances, the covariances of units are {assumed:.2g} in the median layer for "
+    text += f"uncorrelated inputs (at most {tight:.2g} by theory)"
     if math.isfinite(measured):
-        words += f", with the real ones {measured:.2g}"
+        text += f" and {measured:.2g} for the real ones"
     worst = max(layers, key=lambda found: -math.inf if math.isnan(found.assumed.coherence) else found.assumed.coherence)
-    return f"{words}; filters are most alike in layer {worst.layer} (coherence {worst.assumed.coherence:.2f})."
+    return f"{text}. Two filters are most alike in layer {worst.layer} (cosine {worst.assumed.coherence:.2f})."
 
 
 def _median(values: Sequence[float]) -> float:

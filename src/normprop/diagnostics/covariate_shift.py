@@ -1,7 +1,6 @@
 r"""How much do the inputs of hidden layers move while a network trains?
 
-Recorded are mean and standard deviation of every unit (channel) of every hidden layer's input over a fixed probe, in
-evaluation mode. Two measures of them:
+Two measures of the mean and the standard deviation of every unit (channel) of every hidden layer's input:
 
 - the paper's own: the mean of one fixed unit's value per layer, against steps. It depends on the scale and the offset
   of the values, so it does not compare like with like: what enters a layer behind batch norm and ReLU is rectified, of
@@ -18,175 +17,24 @@ Source:
     Arpit et al. 2016, figure 2 (the means); Ioffe & Szegedy 2015 (internal covariate shift). The drift is ours.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.input_history import History, InputRecorder
+from normprop.diagnostics.loss import batches_of
 from normprop.diagnostics.plot import Line, Plot
+from normprop.diagnostics.quiet import quietly
 from normprop.errors import ConfigError
-from normprop.training import EpochRecord, constrain, random_state
-from normprop.training.statistics import evaluating, watched
+from normprop.training import constrain
 
 _SETTLING = 40  # passes; 0.9^40 = 1.5% is left of what running statistics started with
-
-
-@dataclass(frozen=True)
-class History:
-    """Moments of hidden layers' inputs at some steps of a run.
-
-    Args:
-        steps: when, (T,).
-        means: by layer: mean of each unit of its input, (T, units), float64 on the CPU.
-        stds: likewise the standard deviations.
-    """
-
-    steps: tuple[int, ...]
-    means: Mapping[str, Tensor]
-    stds: Mapping[str, Tensor]
-
-
-class CovariateShift:
-    """Records how the inputs of a network's hidden layers move, inside any training loop.
-
-    A record is one forward pass of the probe; of it two numbers per unit are kept. Layers are those of
-    :func:`normprop.training.statistics.watched` but for the first, whose input is the data. A layer called several
-    times counts with all its calls.
-
-    Args:
-        model: the network; left as it is by every record.
-        probe: a batch of inputs, the same for all records; moved to where the model stands.
-        every: record at the steps that this divides.
-
-    Raises:
-        ConfigError: without hidden layers, for a probe of fewer than two samples, or ``every`` below 1.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> shift = CovariateShift(model, torch.randn(16, 4), every=10)
-        >>> [shift.record(step) for step in (0, 5, 10)]
-        [True, False, True]
-        >>> shift.history.steps, {name: tuple(means.shape) for name, means in shift.history.means.items()}
-        ((0, 10), {'2': (2, 3)})
-    """
-
-    def __init__(self, model: nn.Module, probe: Tensor, every: int = 1) -> None:
-        self.model, self.probe, self.every = model, probe.detach().clone(), every
-        self._layers = watched(model)[1:]
-        self._steps: list[int] = []
-        self._moments: dict[str, list[Tensor]] = {}
-        if not self._layers:
-            raise ConfigError(
-                f"covariate-shift: {type(model).__name__} has no hidden layer; give two linear maps or more"
-            )
-        if len(probe) < 2 or every < 1:
-            raise ConfigError(
-                f"covariate-shift: a probe of {len(probe)} samples, every={every}; expected at least 2 samples, every=1"
-            )
-
-    def record(self, step: int) -> bool:
-        """Take the moments, if it is time.
-
-        Args:
-            step: updates made so far.
-
-        Returns:
-            Whether they were taken.
-        """
-        if step % self.every:
-            return False
-        place = next(self.model.parameters())
-        with evaluating(self.model), random_state.preserved(), _inputs(self._layers) as found:
-            self.model(self.probe.to(place.device).clone())
-        self._steps.append(step)
-        for name, calls in found.items():
-            mean, var = torch.stack(calls).unbind(1)
-            # Var = E[Var] + Var[E] over calls, which take in equally many values.
-            std = (var.mean(0) + mean.var(0, correction=0)).sqrt()
-            self._moments.setdefault(name, []).append(torch.stack([mean.mean(0), std]).cpu().double())
-        return True
-
-    @property
-    def history(self) -> History:
-        """What was recorded so far."""
-        stacked = {name: torch.stack(records, 1) for name, records in self._moments.items()}
-        means, stds = ({name: both[part] for name, both in stacked.items()} for part in (0, 1))
-        return History(tuple(self._steps), means, stds)
-
-
-@contextmanager
-def _inputs(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, list[Tensor]]]:
-    """Mean and variance of each unit of what goes into some layers, (2, units) for each call."""
-    found: dict[str, list[Tensor]] = {}
-
-    def hook(name: str, axis: int) -> Any:
-        def record(module: nn.Module, args: Any) -> None:
-            values = args[0] if args[0].dtype == torch.float64 else args[0].float()
-            var, mean = torch.var_mean(values.movedim(axis, 0).flatten(1), 1, correction=0)
-            found.setdefault(name, []).append(torch.stack([mean, var]))
-
-        return record
-
-    with ExitStack() as stack:
-        for name, layer in layers:
-            # Units come second before a convolution, last before a linear map on tokens.
-            linear = all(parameter.ndim <= 2 for parameter in layer.parameters())
-            stack.callback(layer.register_forward_pre_hook(hook(name, -1 if linear else 1)).remove)
-        yield found
-
-
-class Following(NamedTuple):
-    """What :func:`following` gives to :func:`normprop.training.loop.fit`, and the way to the history."""
-
-    build: Callable[[], nn.Module]
-    callback: Callable[[EpochRecord], None]
-    history: Callable[[], History]
-
-
-def following(build: Callable[[], nn.Module], probe: Tensor) -> Following:
-    """Record a run of :func:`normprop.training.loop.fit` before training and after each epoch.
-
-    Only with one device: several train in processes of their own. A resumed run is recorded from there on.
-
-    Args:
-        build: makes the network, as for ``fit``.
-        probe: a batch as the network gets it, behind the input normalisation that ``fit`` puts before it.
-
-    Returns:
-        Arguments ``build`` and ``callback`` for ``fit``; ``history()`` afterwards.
-
-    Example:
-        >>> run = following(lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(8, 4))
-        >>> model = run.build()  # as fit does
-        >>> run.callback(EpochRecord(0, 0, 0.1, None, 0.5, 0.5, 0.0))
-        >>> run.history().steps
-        (0,)
-    """
-    made: list[CovariateShift] = []
-
-    def build_watched() -> nn.Module:
-        model = build()
-        made[:] = [CovariateShift(model, probe)]
-        return model
-
-    def current() -> CovariateShift:
-        if not made:
-            raise ConfigError(
-                "covariate-shift: no network was built in this process; give fit the build of following(), devices=1"
-            )
-        return made[0]
-
-    def callback(record: EpochRecord) -> None:
-        current().record(record.step)
-
-    return Following(build_watched, callback, lambda: current().history)
 
 
 @dataclass(frozen=True)
@@ -304,15 +152,12 @@ def measure(
         >>> [layer.layer for layer in found], found[0].steps, found[0].drift[0]
         (['2', '3', '4', '5'], (0, 5, 10), 0.0)
     """
-    if subject.labels is None:
-        raise ConfigError(f"covariate-shift: {subject.name} has no labels; training needs them")
     if batch_size < 1 or steps < 0:
         raise ConfigError(f"covariate-shift: batches of {batch_size}, {steps} steps; expected 1 or more, 0 or more")
-    model = copy.deepcopy(subject.model).train()
-    batches = list(zip(subject.inputs.split(batch_size), subject.labels.split(batch_size), strict=True))
-    batches = [batch for batch in batches if len(batch[1]) == batch_size] or batches
-    recorder = CovariateShift(model, subject.inputs[:probe], every)
-    with random_state.preserved(), torch.enable_grad():
+    batches = batches_of(subject, batch_size)
+    with quietly(subject.model, subject.inputs, grad=True) as model:
+        model.train()
+        recorder = InputRecorder(model, subject.inputs[:probe], every)
         with torch.no_grad():
             for step in range(_SETTLING):
                 model(batches[step % len(batches)][0])
@@ -341,14 +186,10 @@ def describe(results: Mapping[str, Sequence[LayerShift]]) -> Diagnosis:
     Example:
         >>> layer = LayerShift("1", (0, 10), (0.25, -0.75), (0.0, 2.0), (0.0, 0.7), (2.0,))
         >>> describe({"batch": [layer]}).found
-        'By the end of training the means of hidden inputs have moved by, in their own standard deviations: batch 2. The
-        average size of the means of single units, which scale and offset decide as well: batch 0.5.'
+        'batch: by the end of training the means of hidden inputs have moved by 2 of their own standard deviations; the
+        means of single units, which scale and offset decide as well, have an average size of 0.5.'
     """
     found = {name: layers for name, layers in results.items() if layers}
-    drift = [f"{name} {_words(_over(layers, 'drift')[-1])}" for name, layers in found.items()]
-    sizes = [
-        f"{name} {_words(sum(layer.magnitude for layer in layers) / len(layers))}" for name, layers in found.items()
-    ]
 
     def plot(title: str, label: str, field: str) -> Plot:
         lines = [Line(name, layers[0].steps, _over(layers, field)) for name, layers in found.items()]
@@ -359,11 +200,7 @@ def describe(results: Mapping[str, Sequence[LayerShift]]) -> Diagnosis:
         title="How much do the inputs of hidden layers move during training?",
         look_for="Curves that level off early mean that layers soon see inputs of a fixed distribution; the means of "
         "single units depend on scale and offset as well, so compare methods by the drift.",
-        found=f"By the end of training the means of hidden inputs have moved by, in their own standard deviations: "
-        f"{', '.join(drift)}. The average size of the means of single units, which scale and offset decide as well: "
-        f"{', '.join(sizes)}."
-        if found
-        else "No layers were followed.",
+        found=by_network(found, _words) or "No layers were followed.",
         numbers={name: [_numbers(layer) for layer in layers] for name, layers in results.items()},
         figures=[
             plot("Drift of the means, all layers", "distance from the start, standard deviations", "drift"),
@@ -389,14 +226,17 @@ def _over(layers: Sequence[LayerShift], field: str) -> list[float]:
     return [math.sqrt(sum(value * value for value in row) / len(row)) for row in rows]
 
 
-def _words(value: float) -> str:
-    return f"{value:.2g}" if math.isfinite(value) else "beyond measure"
+def _words(layers: Sequence[LayerShift]) -> str:
+    """What was found in one network."""
+    drift, size = _over(layers, "drift")[-1], sum(layer.magnitude for layer in layers) / len(layers)
+    moved = f"{drift:.2g} of" if math.isfinite(drift) else "more than can be measured in"
+    return (
+        f"by the end of training the means of hidden inputs have moved by {moved} their own standard deviations; the "
+        f"means of single units, which scale and offset decide as well, have an average size of {size:.2g}."
+    )
 
 
 def _numbers(layer: LayerShift) -> dict[str, Any]:
-    def row(values: Sequence[float]) -> list[float | None]:
-        return [value if math.isfinite(value) else None for value in values]
-
     return {"layer": layer.layer, "steps": list(layer.steps)} | {
-        field: row(getattr(layer, field)) for field in ("mean", "drift", "spread", "pace")
+        field: [finite(value) for value in getattr(layer, field)] for field in ("mean", "drift", "spread", "pace")
     }

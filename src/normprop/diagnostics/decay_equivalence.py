@@ -16,15 +16,17 @@ Source:
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.loss import batches_of
 from normprop.diagnostics.plot import Line, Plot
+from normprop.diagnostics.quiet import quietly
 from normprop.errors import ConfigError
 from normprop.training import random_state
 from normprop.training.effective_rate import mimic_decay
@@ -79,10 +81,9 @@ def scale_invariant(model: nn.Module, inputs: Tensor, labels: Tensor, loss: Loss
         >>> scale_invariant(model, torch.randn(16, 4), torch.arange(16) % 2)
         ('0.weight',)
     """
-    model = copy.deepcopy(model).train()
-    weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1 and weight.requires_grad}
-    with random_state.preserved(), torch.enable_grad():
-        value = loss(model(inputs), labels)
+    with quietly(model, inputs, grad=True) as twin:
+        weights = {name: weight for name, weight in twin.named_parameters() if weight.ndim > 1 and weight.requires_grad}
+        value = loss(twin.train()(inputs), labels)
         gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return tuple(
         name
@@ -227,12 +228,9 @@ def measure(
         >>> len(found.weights), len(found.none)
         (4, 3)
     """
-    if subject.labels is None:
-        raise ConfigError(f"decay-equivalence: {subject.name} has no labels; training needs them")
     inputs = subject.inputs.double() if subject.inputs.is_floating_point() else subject.inputs
-    batches = list(zip(inputs.split(batch_size), subject.labels.split(batch_size), strict=True))
-    whole = [batch for batch in batches if len(batch[1]) == batch_size] or batches
-    return decay_equivalence(copy.deepcopy(subject.model).double(), whole, rate, decay, steps)
+    batches = batches_of(replace(subject, inputs=inputs), batch_size)
+    return decay_equivalence(copy.deepcopy(subject.model).double(), batches, rate, decay, steps)
 
 
 def describe(results: Mapping[str, Equivalence]) -> Diagnosis:
@@ -247,21 +245,15 @@ def describe(results: Mapping[str, Equivalence]) -> Diagnosis:
     Example:
         >>> found = Equivalence(0.1, 0.05, ("0.weight",), (1e-15,), (1e-5,), (1e-2,), 1.5)
         >>> describe({"batch": found}).found
-        "With learning rates corrected by the exact rule the filters of batch are at most 1e-15 rad from those
-         trained with decay during 1 step at rate 0.1 and decay 0.05 (poster's rule 1e-05, no correction 0.01)."
+        "batch: with learning rates corrected by the exact rule, filters trained without decay are at most 1e-15 rad
+        from those trained with it (poster's rule 1e-05, no correction 0.01), in 1 step at rate 0.1 and decay 0.05."
     """
-    clauses = [
-        f"the filters of {name} are at most {_peak(found.exact):.2g} rad from those trained with decay during "
-        f"{len(found.exact)} step{'s' if len(found.exact) > 1 else ''} at rate {found.rate:g} and decay "
-        f"{found.decay:g} (poster's rule {_peak(found.poster):.2g}, no correction {_peak(found.none):.2g})"
-        for name, found in results.items()
-    ]
     return Diagnosis(
         name="decay-equivalence",
         title="Is weight decay before a normaliser only a learning rate?",
         look_for="With the exact rule the filters should stay with those of the run with decay, but for rounding and "
         "the normaliser's eps, which training amplifies; without a correction they should leave them.",
-        found="With learning rates corrected by the exact rule " + "; ".join(clauses) + ".",
+        found=by_network(results, _words),
         numbers={name: _numbers(found) for name, found in results.items()},
         figures=[
             _plot("No correction", {name: found.none for name, found in results.items()}),
@@ -269,6 +261,16 @@ def describe(results: Mapping[str, Equivalence]) -> Diagnosis:
             _plot("Exact rule", {name: found.exact for name, found in results.items()}),
         ],
         source="Hoffer, Banner, Golan & Soudry 2018, Norm Matters; the exact rule is ours",
+    )
+
+
+def _words(found: Equivalence) -> str:
+    """What was found of one network."""
+    return (
+        f"with learning rates corrected by the exact rule, filters trained without decay are at most "
+        f"{_peak(found.exact):.2g} rad from those trained with it (poster's rule {_peak(found.poster):.2g}, no "
+        f"correction {_peak(found.none):.2g}), in {len(found.exact)} step{'s' if len(found.exact) > 1 else ''} at rate "
+        f"{found.rate:g} and decay {found.decay:g}."
     )
 
 
@@ -291,15 +293,11 @@ def _numbers(found: Equivalence) -> dict[str, float | int | list[float | None] |
         "rate": found.rate,
         "decay": found.decay,
         "weights": len(found.weights),
-        "growth of the filters": _number(found.growth),
-        "largest angle, exact rule": _number(_peak(found.exact)),
-        "largest angle, poster's rule": _number(_peak(found.poster)),
-        "largest angle, no correction": _number(_peak(found.none)),
-        "exact rule": [_number(value) for value in found.exact],
-        "poster's rule": [_number(value) for value in found.poster],
-        "no correction": [_number(value) for value in found.none],
+        "growth of the filters": finite(found.growth),
+        "largest angle, exact rule": finite(_peak(found.exact)),
+        "largest angle, poster's rule": finite(_peak(found.poster)),
+        "largest angle, no correction": finite(_peak(found.none)),
+        "exact rule": [finite(value) for value in found.exact],
+        "poster's rule": [finite(value) for value in found.poster],
+        "no correction": [finite(value) for value in found.none],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -13,19 +13,18 @@ Source:
     (signal propagation plots of residual blocks); He et al. 2015 (the start).
 """
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.channels import recording
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
 from normprop.diagnostics.plot import Line, Plot, Reference
+from normprop.diagnostics.quiet import call, quietly
 from normprop.errors import ConfigError
-from normprop.training import random_state
 from normprop.training.statistics import watched
 
 
@@ -49,12 +48,11 @@ class ChannelMoments:
         return self.squared_mean + self.variance
 
 
-def channel_moments(values: Tensor, axis: int = 1) -> ChannelMoments:
-    """Mean and variance of every channel over samples and positions, averaged over channels.
+def averages(moments: Tensor) -> ChannelMoments:
+    """Averages over channels.
 
     Args:
-        values: (N, channels, *space), or with the channels on another axis.
-        axis: that of the channels.
+        moments: mean and variance of each, (2, channels).
 
     Returns:
         The averages.
@@ -63,12 +61,11 @@ def channel_moments(values: Tensor, axis: int = 1) -> ChannelMoments:
         Brock et al. 2021, section 3 (average squared channel mean, average channel variance).
 
     Example:
-        >>> channel_moments(torch.tensor([[1.0, -2.0], [3.0, -2.0]]))
+        >>> from torch import tensor
+        >>> averages(tensor([[2.0, -2.0], [1.0, 0.0]]))
         ChannelMoments(mean_size=2.0, squared_mean=4.0, variance=0.5)
     """
-    values = values.detach()
-    values = (values if values.dtype == torch.float64 else values.float()).movedim(axis, 0).flatten(1)
-    var, mean = (part.cpu().double() for part in torch.var_mean(values, 1, correction=0))
+    mean, var = moments.cpu().double()
     return ChannelMoments(mean.abs().mean().item(), mean.square().mean().item(), var.mean().item())
 
 
@@ -105,41 +102,35 @@ def measure(subject: Subject, branches: Sequence[str] | None = None) -> tuple[St
         ConfigError: if there is no layer, or no module where a branch should be.
 
     Example:
+        >>> from torch import randn
         >>> from normprop import models
-        >>> found = measure(Subject("none", models.create("resnet8", (3, 8, 8), 10, "none"), torch.randn(8, 3, 8, 8)))
+        >>> found = measure(Subject("none", models.create("resnet8", (3, 8, 8), 10, "none"), randn(8, 3, 8, 8)))
         >>> [station.name for station in found if station.branch]
         ['1', '2', '3']
     """
-    model = copy.deepcopy(subject.model)
-    blocks = dict(_blocks(model, branches))
-    inside = {part for block in blocks for part in block.modules()}
-    layers = {layer: name for name, layer in watched(model) if layer not in inside}
-    if not layers and not blocks:
-        raise ConfigError(f"depth-moments: {subject.name} has no linear map to look behind; give one that has")
-    names: dict[nn.Module, str] = layers | {block: name for block, (name, _) in blocks.items()}
-    found: dict[nn.Module, ChannelMoments] = {}
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and module not in found:
-            found[module] = channel_moments(output, _axis(module))
-
-    for module in [*names, *(branch for _, branch in blocks.values())]:
-        module.register_forward_hook(record)
-    with random_state.preserved(), torch.no_grad():
-        model(subject.inputs.detach().clone())
+    with quietly(subject.model, subject.inputs) as model:
+        blocks = _blocks(model, branches)
+        inside = {part for block, _ in blocks.values() for part in block.modules()}
+        layers = {name: layer for name, layer in watched(model) if layer not in inside}
+        if not layers and not blocks:
+            raise ConfigError(f"depth-moments: {subject.name} has no linear map to look behind; give one that has")
+        places = [*layers.items(), *((name, block) for name, (block, _) in blocks.items())]
+        branched = [(name, branch) for name, (_, branch) in blocks.items()]
+        with recording(places) as outputs, recording(branched) as added:
+            call(model, subject.inputs.detach().clone(), subject.name)
     return tuple(
-        Station(names[module], output, found.get(blocks[module][1]) if module in blocks else None)
-        for module, output in found.items()
-        if module in names
+        Station(name, averages(calls[0]), averages(added[name][0]) if name in added else None)
+        for name, calls in outputs.items()
     )
 
 
-def _blocks(model: nn.Module, branches: Sequence[str] | None) -> Iterator[tuple[nn.Module, tuple[str, nn.Module]]]:
-    """Outermost residual blocks with their paths and branches."""
+def _blocks(model: nn.Module, branches: Sequence[str] | None) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Outermost residual blocks and their branches, by the paths of the blocks."""
     modules = dict(model.named_modules())
     if branches is None:
         branches = [path for path in modules if path.rpartition(".")[2] == "branch"]
     done: list[str] = []
+    found = {}
     for path in branches:
         if path not in modules or not path:
             raise ConfigError(
@@ -147,13 +138,9 @@ def _blocks(model: nn.Module, branches: Sequence[str] | None) -> Iterator[tuple[
             )
         block = path.rpartition(".")[0]
         if not any(not other or block == other or block.startswith(f"{other}.") for other in done):
-            yield modules[block], (block or type(model).__name__, modules[path])
+            found[block or type(model).__name__] = modules[block], modules[path]
             done.append(block)
-
-
-def _axis(module: nn.Module) -> int:
-    """Axis of the channels: the second after a convolution, the last after linear maps on tokens."""
-    return -1 if all(parameter.ndim <= 2 for parameter in module.parameters()) else 1
+    return found
 
 
 def describe(results: Mapping[str, Sequence[Station]]) -> Diagnosis:
@@ -169,15 +156,10 @@ def describe(results: Mapping[str, Sequence[Station]]) -> Diagnosis:
     Example:
         >>> first, last = ChannelMoments(0.5, 0.25, 0.75), ChannelMoments(1.0, 1.0, 7.0)
         >>> describe({"none": [Station("0", first), Station("1", last)]}).found
-        'Average channel variance and mean size of the channel means, in the first and the last layer or block:
-        none: 0.75 to 7 and 0.5 to 1 (from 0 to 1).'
+        'none: from layer or block 0 to 1 the average variance of a channel goes from 0.75 to 7, and the mean size of
+        the channel means from 0.5 to 1.'
     """
     found = {name: stations for name, stations in results.items() if stations}
-    sentences = [
-        f"{name}: {_change(stations, 'variance')} and {_change(stations, 'mean_size')} (from {stations[0].name} to "
-        f"{stations[-1].name})"
-        for name, stations in found.items()
-    ]
     figures = [
         _plot("Size of the channel means", "mean |channel mean|", found, "mean_size"),
         _plot(
@@ -197,10 +179,7 @@ def describe(results: Mapping[str, Sequence[Station]]) -> Diagnosis:
         title="How do means and variances of channels grow with depth?",
         look_for="With a normaliser both stay level; without one the means of the channels take over from their "
         "variances in plain networks, and variances double with every block in residual ones.",
-        found=f"Average channel variance and mean size of the channel means, in the first and the last layer or block: "
-        f"{'; '.join(sentences)}."
-        if sentences
-        else "No layers were looked at.",
+        found=by_network(found, _words) or "No layers were looked at.",
         numbers={name: [_numbers(station) for station in stations] for name, stations in results.items()},
         figures=figures,
         source="Bjorck, Gomes, Selman & Weinberger 2018, Understanding Batch Normalization; Brock, De & Smith 2021, "
@@ -219,14 +198,20 @@ def _plot(
     return Plot(title, "layer or block, from the input", label, lines, y_scale="log", references=references)
 
 
-def _change(stations: Sequence[Station], field: str) -> str:
-    return " to ".join(f"{getattr(station.output, field):.3g}" for station in (stations[0], stations[-1]))
+def _words(stations: Sequence[Station]) -> str:
+    """What was found in one network."""
+    first, last = stations[0], stations[-1]
+    return (
+        f"from layer or block {first.name} to {last.name} the average variance of a channel goes from "
+        f"{first.output.variance:.3g} to {last.output.variance:.3g}, and the mean size of the channel means from "
+        f"{first.output.mean_size:.3g} to {last.output.mean_size:.3g}."
+    )
 
 
 def _numbers(station: Station) -> dict[str, Any]:
     def row(moments: ChannelMoments) -> dict[str, float | None]:
         values = {**vars(moments), "second": moments.second}
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {name: finite(value) for name, value in values.items()}
 
     branch = {} if station.branch is None else {"branch": row(station.branch)}
     return {"name": station.name, **row(station.output), **branch}

@@ -1,12 +1,15 @@
 """What one question found out: sentences, numbers and plots."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from normprop.diagnostics.plot import Figure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,31 @@ class Diagnosis:
     numbers: Mapping[str, Any]
     figures: Sequence[Figure]
     source: str
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: ``None`` for what is not finite.
+
+    Example:
+        >>> finite(1.5), finite(math.nan)
+        (1.5, None)
+    """
+    return value if math.isfinite(value) else None
+
+
+def by_network(results: Mapping[str, T], words: Callable[[T], str]) -> str:
+    """What was found of each network, a line for each.
+
+    Args:
+        results: by network.
+        words: a sentence or two about one of them.
+
+    Returns:
+        The lines.
+
+    Example:
+        >>> print(by_network({"none": 2.0, "batch": 0.5}, lambda found: f"the factor is {found:g}."))
+        none: the factor is 2.
+        batch: the factor is 0.5.
+    """
+    return "\n".join(f"{name}: {words(found)}" for name, found in results.items())

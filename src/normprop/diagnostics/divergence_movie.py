@@ -5,10 +5,8 @@ Source:
     ours).
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.channels import pooled, recording
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.loss import batches_of
 from normprop.diagnostics.plot import Figure, Heat, Line, Plot, Reference
+from normprop.diagnostics.quiet import quietly
 from normprop.errors import ConfigError
-from normprop.training import constrain, random_state
+from normprop.training import constrain
 from normprop.training.statistics import watched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,8 +68,8 @@ class Movie:
     @property
     def last(self) -> int:
         """Last frame with finite moments in all layers, the first if there is none."""
-        finite = (self.variance.isfinite() & self.mean_size.isfinite()).all(1)
-        return int(finite.nonzero().max()) if finite.any() else 0
+        whole = (self.variance.isfinite() & self.mean_size.isfinite()).all(1)
+        return int(whole.nonzero().max()) if whole.any() else 0
 
     @property
     def growth(self) -> Tensor:
@@ -116,67 +117,39 @@ def movie(
     """
     if not batches or steps < 1:
         raise ConfigError(f"movie: {len(batches)} batches and {steps} steps; expected at least one of each")
-    model = copy.deepcopy(model).train()
-    layers = watched(model)
-    if not layers:
-        raise ConfigError(f"movie: {type(model).__name__} has no linear map to watch; expected a convolution or linear")
     losses: list[float] = []
-    with random_state.preserved(), torch.enable_grad(), _channel_moments(layers) as frames:
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
-        constrain(optimizer, model)
-        for step in range(steps):
-            inputs, labels = batches[step % len(batches)]
-            optimizer.zero_grad()
-            value = loss(model(inputs), labels)
-            losses.append(value.item())
-            if not losses[-1] <= limit:
-                break
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    called = {
-        name: [_pool(calls) for calls in _split(values, len(losses))] for name, values in frames.items() if values
+    with quietly(model, grad=True) as trained:
+        layers = watched(trained.train())
+        if not layers:
+            raise ConfigError(
+                f"movie: {type(model).__name__} has no linear map to watch; expected a convolution or linear"
+            )
+        optimizer = torch.optim.SGD(trained.parameters(), lr=rate, momentum=momentum)
+        constrain(optimizer, trained)
+        with recording(layers) as frames:
+            for step in range(steps):
+                inputs, labels = batches[step % len(batches)]
+                optimizer.zero_grad()
+                value = loss(trained(inputs), labels)
+                losses.append(value.item())
+                if not losses[-1] <= limit:
+                    break
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+    # The calls of a layer, equally many in each frame, frame by frame.
+    moments = {
+        name: torch.stack([pooled(calls) for calls in torch.stack(frames[name]).unflatten(0, (len(losses), -1))]).cpu()
+        for name, _ in layers
+        if name in frames
     }
-    stacked = {name: torch.stack(values).cpu() for name, values in called.items()}
     return Movie(
         rate,
         limit,
-        tuple(stacked),
+        tuple(moments),
         tuple(losses),
-        tuple(values[:, 0] for values in stacked.values()),
-        tuple(values[:, 1] for values in stacked.values()),
+        tuple(values[:, 0] for values in moments.values()),
+        tuple(values[:, 1] for values in moments.values()),
     )
-
-
-@contextmanager
-def _channel_moments(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, list[Tensor]]]:
-    """Record mean and variance of each channel of each output of some layers, (2, channels) for each call."""
-    frames: dict[str, list[Tensor]] = {name: [] for name, _ in layers}
-
-    def hook(name: str, axis: int) -> Any:
-        def record(module: nn.Module, args: Any, output: Tensor) -> None:
-            values = output.detach()
-            values = (values if values.dtype == torch.float64 else values.float()).movedim(axis, 0).flatten(1)
-            frames[name].append(torch.stack([values.mean(1), values.var(1, correction=0)]))
-
-        return record
-
-    with ExitStack() as stack:
-        for name, layer in layers:
-            # Channels come second after a convolution, last after a linear map on tokens.
-            linear = all(parameter.ndim <= 2 for parameter in layer.parameters())
-            stack.callback(layer.register_forward_hook(hook(name, -1 if linear else 1)).remove)
-        yield frames
-
-
-def _split(values: Sequence[Tensor], frames: int) -> Iterator[Tensor]:
-    """The calls of a layer, equally many in each frame, frame by frame."""
-    return iter(torch.stack(list(values)).unflatten(0, (frames, -1)))
-
-
-def _pool(calls: Tensor) -> Tensor:
-    """Moments over all calls of a layer in one step, (2, channels) out of (calls, 2, channels)."""
-    means, variances = calls.unbind(1)
-    return torch.stack([means.mean(0), variances.mean(0) + means.var(0, correction=0)])  # Var = E Var + Var E
 
 
 def diverging_rate(
@@ -236,20 +209,17 @@ def measure(subject: Subject, rates: Sequence[float] = RATES, steps: int = 20, b
         >>> measure(Subject("none", model, torch.randn(64, 6), torch.arange(64) % 2), rates=[0.1, 100.0]).diverged
         True
     """
-    if subject.labels is None:
-        raise ConfigError(f"divergence-movie: {subject.name} has no labels; training needs them")
     if not rates:
         raise ConfigError("divergence-movie: no rates to try; expected at least one")
-    batches = list(zip(subject.inputs.split(batch_size), subject.labels.split(batch_size), strict=True))
-    whole = [batch for batch in batches if len(batch[1]) == batch_size] or batches
-    rate = diverging_rate(subject.model, whole, rates, steps)
+    batches = batches_of(subject, batch_size)
+    rate = diverging_rate(subject.model, batches, rates, steps)
     if rate is None:
-        return movie(subject.model, whole, max(rates), steps)
+        return movie(subject.model, batches, max(rates), steps)
     borne = max((other for other in rates if other < rate), default=rate)
     between = [borne * (rate / borne) ** (quarter / 4) for quarter in (1, 2, 3)]
     # Closer to the limit a run takes longer to break, and more of it is seen.
-    rate = diverging_rate(subject.model, whole, between, steps) or rate
-    return movie(subject.model, whole, rate, steps)
+    rate = diverging_rate(subject.model, batches, between, steps) or rate
+    return movie(subject.model, batches, rate, steps)
 
 
 def describe(results: Mapping[str, Movie]) -> Diagnosis:
@@ -264,8 +234,8 @@ def describe(results: Mapping[str, Movie]) -> Diagnosis:
     Example:
         >>> moments = (torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [50.0]]))
         >>> describe({"none": Movie(0.5, 1e3, ("0", "1"), (2.3, 4e4), moments, moments)}).found
-        'At a rate of 0.5 the loss of none was 4e+04 after 1 step; the variance of its channels changed 2-fold in the
-         first layer, 50-fold in the last.'
+        'none: at a learning rate of 0.5 the loss was 4e+04 after 1 step; the variance of the channels changed 2-fold in
+        the first layer, 50-fold in the last.'
     """
     diverging = [name for name, found in results.items() if found.diverged]
     limits = sorted({found.limit for found in results.values()})
@@ -294,14 +264,15 @@ def describe(results: Mapping[str, Movie]) -> Diagnosis:
         title="Where does a run break that diverges?",
         look_for="In a network without normalisation the channels' variances grow from step to step until the loss is "
         "lost, the more the deeper the layer.",
-        found=" ".join(_sentence(name, found) for name, found in results.items()),
+        found=by_network(results, _words),
         numbers={name: _numbers(found) for name, found in results.items()},
         figures=figures,
         source="Bjorck, Gomes, Selman & Weinberger 2018, Understanding Batch Normalization",
     )
 
 
-def _sentence(name: str, found: Movie) -> str:
+def _words(found: Movie) -> str:
+    """What was found of one network."""
     taken = len(found.losses) - 1
     steps = f"{taken} step{'' if taken == 1 else 's'}"
     folds = [_fold(growth) for growth in found.growth.tolist()]
@@ -309,8 +280,8 @@ def _sentence(name: str, found: Movie) -> str:
     if len(folds) > 2:
         places.insert(1, f"{folds[-2]} in the last hidden one")
     return (
-        f"At a rate of {found.rate:.3g} the loss of {name} was {'' if found.diverged else 'still '}"
-        f"{found.losses[-1]:.3g} after {steps}; the variance of its channels changed {', '.join(places)}."
+        f"at a learning rate of {found.rate:.3g} the loss was {'' if found.diverged else 'still '}"
+        f"{found.losses[-1]:.3g} after {steps}; the variance of the channels changed {', '.join(places)}."
     )
 
 
@@ -333,7 +304,7 @@ def _heat(name: str, found: Movie) -> Heat:
 
 def _numbers(found: Movie) -> dict[str, Any]:
     def row(values: Tensor) -> list[float | None]:
-        return [value if math.isfinite(value) else None for value in values.tolist()]
+        return [finite(value) for value in values.tolist()]
 
     return {
         "rate": found.rate,

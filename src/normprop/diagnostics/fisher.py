@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop import moments as M
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.jacobian import finite, lanczos, linearise, quietly
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
 from normprop.diagnostics.plot import Line, Plot
-from normprop.errors import ConfigError, first_line
-from normprop.moments import Activation, maps
-from normprop.norms.plain import ElementwiseActivation
+from normprop.diagnostics.products import differentiably, linearise
+from normprop.diagnostics.quiet import call, trained
+from normprop.diagnostics.spectrum import lanczos
+from normprop.diagnostics.stable_rate import stable_rate
+from normprop.errors import ConfigError
 
 GAMMAS = (0.1, 0.25, 0.5, 1.0, 2.0)
-_TRACY_WIDOM = -1.2065335745820  # mean of the law of the largest eigenvalue, real case
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,10 @@ def fisher(
         >>> round(fisher(model, torch.tensor([[3.0, 0.0], [0.0, 1.0]])).largest, 5)
         4.5
     """
-    with quietly(model, inputs, seed) as network:
-        products = linearise(_outputs(network, inputs.detach().clone()), _parameters(network), type(model).__name__)
-        output, samples = products.output, len(inputs)
+    with differentiably(model, inputs, seed) as network:
+        parameters = [*trained(network).values()]
+        output, samples = call(network, inputs.detach().clone()), len(inputs)
+        products = linearise(output, parameters, type(model).__name__)
 
         def product(vectors: Tensor) -> Tensor:
             return products.jvp(products.vjp(vectors.reshape(output.shape))).reshape(1, -1) / samples
@@ -108,108 +108,6 @@ def fisher(
             signs = torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1
             squares.append(sum(float(grad.double().square().sum()) for grad in products.vjp(signs)) / samples)
     return Fisher(float(nodes[0, -1]), float(residual), sum(squares) / probes, output.numel())
-
-
-def converges(
-    model: nn.Module, inputs: Tensor, rate: float, *, steps: int = 80, size: float = 1e-3, seed: int = 0
-) -> bool:
-    """Try whether gradient descent is stable at a learning rate, on the real network and half the mean squared error.
-
-    The targets are the network's outputs, a little disturbed in all directions at once: so the loss is close to its
-    least value, and stable descent is what the Fisher matrix decides. Unstable is a loss that rises above where it
-    began, from where it may yet leap to some flatter place, or that rises in the second half of the steps, when what
-    grows has overtaken what shrinks.
-
-    Args:
-        model: the network; it is left as it is.
-        inputs: a batch.
-        rate: learning rate.
-        steps: of full gradient descent; more of them tell rates apart that are closer to the edge.
-        size: of the disturbance, as a share of the root mean square of the outputs.
-        seed: of the disturbance, and where random states start at each step.
-
-    Returns:
-        Whether descent was stable.
-
-    Raises:
-        ConfigError: if no parameter requires a gradient, or the rate is not positive.
-
-    Example:
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]])  # lambda_max 4.5
-        >>> converges(model, x, 1.9 / 4.5), converges(model, x, 2.1 / 4.5)
-        (True, False)
-    """
-    if not rate > 0:
-        raise ConfigError(f"converges: the learning rate must be positive, got {rate}")
-    losses = []
-    with quietly(model, inputs, seed) as network:
-        parameters = _parameters(network)
-        target = None
-        for _ in range(steps):
-            torch.manual_seed(seed)  # the same masks in each step: one function descends
-            output = _outputs(network, inputs.detach().clone())
-            if target is None:
-                generator = torch.Generator().manual_seed(seed)
-                scale = output.detach().square().mean().sqrt() * size
-                target = output.detach() + scale * torch.randn(output.shape, generator=generator).to(output)
-            loss = (output - target).double().square().sum() / (2 * len(inputs))
-            losses.append(float(loss.detach()))
-            if not losses[-1] <= 1.01 * losses[0]:
-                return False
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            with torch.no_grad():
-                for parameter, grad in zip(parameters, grads, strict=True):
-                    if grad is not None:
-                        parameter.sub_(grad, alpha=rate)
-    return losses[-1] <= losses[steps // 2]
-
-
-def stable_rate(
-    model: nn.Module, inputs: Tensor, start: float, *, resolution: float = 0.05, steps: int = 80, seed: int = 0
-) -> float:
-    """Measure the largest learning rate at which gradient descent is stable, by bisection.
-
-    Args:
-        model: the network; it is left as it is.
-        inputs: a batch.
-        start: a rate near the edge, such as :attr:`Fisher.rate`, from where to look up or down by factors.
-        resolution: relative width of the bracket at which to stop.
-        steps: as for :func:`converges`.
-        seed: the same.
-
-    Returns:
-        The middle of the bracket; nan if none was found within a factor of 1000.
-
-    Raises:
-        ConfigError: if the start is not positive and finite.
-
-    Example:
-        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-        >>> abs(stable_rate(nn.Linear(2, 1, bias=False), x, start=1.0) * 4.5 / 2 - 1) < 0.05
-        True
-    """
-    if not (start > 0 and math.isfinite(start)):
-        raise ConfigError(f"stable_rate: start must be a positive number, got {start}; give 2 / lambda_max")
-    settings = {"steps": steps, "seed": seed}
-    factor = 1.0 + 2 * resolution
-    upwards = converges(model, inputs, start, **settings)
-    low = high = start
-    while converges(model, inputs, high if upwards else low, **settings) is upwards:
-        if not 1e-3 < (high if upwards else low) / start < 1e3:
-            return math.nan
-        if upwards:
-            low, high = high, high * factor
-        else:
-            low, high = low / factor, low
-        factor = factor**1.5
-    while high / low > 1.0 + resolution:
-        middle = math.sqrt(low * high)
-        if converges(model, inputs, middle, **settings):
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(low * high)
 
 
 def gains(model: nn.Module) -> list[str]:
@@ -283,192 +181,6 @@ def gamma_sweep(
     return found
 
 
-def random_network(
-    in_features: int,
-    width: int,
-    depth: int,
-    activation: Activation = "tanh",
-    batch_norm: Collection[int] = (),
-    *,
-    outputs: int = 1,
-    weight_variance: float = 1.0,
-    seed: int = 0,
-) -> nn.Sequential:
-    """Build a random multilayer perceptron without biases, with batch norm where wanted, for mean-field questions.
-
-    Weights are N(0, weight_variance / fan_in). Batch norm is on batch statistics, with no eps to speak of, at gain 1
-    and bias 0; gains and biases do not require a gradient, so that the Fisher matrix is that of the weights.
-
-    Args:
-        in_features: of the input.
-        width: of the hidden layers.
-        depth: number of hidden layers.
-        activation: after each of them; the read-out is linear.
-        batch_norm: linear maps that batch norm follows, by number from 0; the read-out has number ``depth``.
-        outputs: of the read-out.
-        weight_variance: times the fan-in.
-        seed: of the weights.
-
-    Returns:
-        The network, in training mode.
-
-    Raises:
-        ConfigError: if a number in ``batch_norm`` is not that of a linear map.
-
-    Example:
-        >>> [type(part).__name__ for part in random_network(4, 8, 1, batch_norm=[1])]
-        ['Linear', 'ElementwiseActivation', 'Linear', 'BatchNorm1d']
-    """
-    if not {*batch_norm} <= {*range(depth + 1)}:
-        raise ConfigError(f"random_network: linear maps have numbers 0 to {depth}, batch_norm has {[*batch_norm]}")
-    generator = torch.Generator().manual_seed(seed)
-    parts: list[nn.Module] = []
-    for index in range(depth + 1):
-        fan_in = width if index else in_features
-        fan_out = width if index < depth else outputs
-        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=False)
-        nn.init.normal_(linear.weight, 0.0, math.sqrt(weight_variance / fan_in), generator=generator)
-        parts.append(linear)
-        if index in batch_norm:
-            parts.append(nn.BatchNorm1d(fan_out, eps=1e-12, track_running_stats=False).requires_grad_(False))
-        if index < depth:
-            parts.append(ElementwiseActivation(activation))
-    return nn.Sequential(*parts)
-
-
-def placements(
-    inputs: Tensor,
-    width: int,
-    depth: int,
-    activation: Activation = "relu",
-    *,
-    weight_variance: float = 2.0,
-    outputs: int = 1,
-    seed: int = 0,
-) -> dict[str, Fisher]:
-    """Compare random networks of the same weights with batch norm nowhere, before activations, at the end, everywhere.
-
-    With more samples an outlier stays where it is, and without one lambda_max falls, as the rest is spread over them.
-
-    Args:
-        inputs: a batch, (N, in_features).
-        width: of the hidden layers.
-        depth: number of hidden layers.
-        activation: after each of them.
-        weight_variance: times the fan-in.
-        outputs: of the read-out.
-        seed: of the weights.
-
-    Returns:
-        Fisher matrices under "none", "middle", "last", "all".
-
-    Source:
-        Karakida, Akaho & Amari, The Normalization Method for Alleviating Pathological Sharpness in Wide Neural
-        Networks, NeurIPS 2019: batch norm of the last layer takes the outlier away, of middle layers it does not.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> found = placements(torch.randn(32, 16, generator=generator), 64, 2)
-        >>> found["last"].largest < found["middle"].largest
-        True
-    """
-    where = {"none": range(0), "middle": range(depth), "last": range(depth, depth + 1), "all": range(depth + 1)}
-    settings: dict[str, Any] = {"outputs": outputs, "weight_variance": weight_variance, "seed": seed}
-    return {
-        name: fisher(
-            random_network(inputs.shape[1], width, depth, activation, at, **settings).to(inputs), inputs, seed=seed
-        )
-        for name, at in where.items()
-    }
-
-
-def predicted_largest(
-    activation: Activation,
-    samples: int,
-    in_features: int,
-    width: int,
-    depth: int,
-    *,
-    weight_variance: float = 1.0,
-) -> float:
-    """Predict lambda_max of :func:`random_network` without batch norm and with one output, on N(0, 1) inputs.
-
-    Derivation, ours. With width -> infinity before anything else, K = Theta / N with the tangent kernel of two inputs
-    of correlation c,
-
-        Theta(c) = sum_(l=0..L) n_l Q_l(c) prod_(m=l+1..L) s chi_m(c),
-
-    n_l the width of layer l, Q_0 = c, Q_l = E[f(u) f(v)] and chi_l = E[f'(u) f'(v)] over Gaussians u, v of covariance
-    s Q_(l-1), s the weight variance times the fan-in; the factor of layer l is (h_l . h_l') (delta . delta'). Inputs of
-    n_0 independent features correlate by about 1/sqrt(n_0) only, so to first order
-
-        N K = Theta(0) 1 1^T + Theta'(0) X X^T / n_0 + (Theta(1) - Theta(0) - Theta'(0)) I.
-
-    The first term makes an outlier at Theta(0) + (Theta(1) - Theta(0)) / N. The edge of the rest follows from that of
-    X X^T, (sqrt(n_0 - 1) + sqrt(N))^2 less what the Tracy-Widom law takes off on average. The larger of the two is
-    returned: the outlier where f has a mean, as ReLU, and the edge where f is odd, as tanh. The number of samples must
-    be small against the width, or the hidden features spread the edge further: by some 10 % at N = width / 16.
-
-    Args:
-        activation: see :func:`normprop.moments.resolve`.
-        samples: N.
-        in_features: n_0.
-        width: n_1 to n_L.
-        depth: L, the number of hidden layers.
-        weight_variance: s.
-
-    Returns:
-        The prediction.
-
-    Raises:
-        ConfigError: if a number is too small.
-        MomentError: if the activation's moments are not reliable.
-
-    Source:
-        Ours; the kernel as in Karakida et al. 2019 (AISTATS), the linearisation as in El Karoui 2010, the edge as in
-        Johnstone 2001.
-
-    Example:
-        >>> round(predicted_largest("identity", 100, 100, 400, 0), 3)  # X X^T / N
-        3.839
-    """
-    for name, value, least in (("samples", samples, 1), ("in_features", in_features, 2), ("width", width, 1)):
-        if value < least:
-            raise ConfigError(f"predicted_largest: {name} must be {least} or more, got {value}")
-
-    def kernel(c: float) -> float:
-        diagonal, cross, total = 1.0, c, in_features * c  # Q_l(1), Q_l(c), the sum so far
-        for _ in range(depth):
-            variance = weight_variance * diagonal
-            correlation = max(-1.0, min(1.0, cross / diagonal))
-            diagonal, cross, slope = _maps(activation, variance, correlation)
-            total = total * weight_variance * slope + width * cross
-        return total
-
-    step = 1e-3
-    at_zero, at_one = kernel(0.0), kernel(1.0)
-    slope = (kernel(step) - kernel(-step)) / (2 * step)
-    outlier = at_zero + (at_one - at_zero) / samples
-    roots = math.sqrt(in_features - 1), math.sqrt(samples)
-    spread = sum(roots) * (1 / roots[0] + 1 / roots[1]) ** (1 / 3)
-    largest = (sum(roots) ** 2 + _TRACY_WIDOM * spread) / in_features
-    edge = (at_one - at_zero - slope + slope * largest) / samples
-    return float(max(outlier, edge))
-
-
-def _maps(activation: Activation, variance: float, correlation: float) -> tuple[float, float, float]:
-    """E[f(u)^2], E[f(u) f(v)] and E[f'(u) f'(v)] for Gaussians of one variance.
-
-    From the maps of NormProp layers, which subtract the mean c2 and divide by the deviation c1 of f at N(0, 1).
-    """
-    unit, own = M.of(activation), M.of(activation, 0.0, math.sqrt(variance))
-    second = float(maps.second_moment(variance, activation)) * float(unit.var)
-    centred = maps.correlation(correlation, activation, q=variance) * second
-    cross = centred + 2 * float(unit.mean) * float(own.mean) - float(unit.mean) ** 2
-    slope = maps.correlation_slope(correlation, activation, q=variance) * second / variance
-    return float(own.second), cross, slope
-
-
 def measure(
     subject: Subject,
     *,
@@ -518,7 +230,7 @@ def describe(results: Mapping[str, Sharpness]) -> Diagnosis:
 
     Example:
         >>> describe({"a": Sharpness(Fisher(4.0, 0.0, 8.0, 10), 0.5)}).found
-        'a: lambda_max 4, so rates up to 0.5 are stable; descent was stable up to 0.5.'
+        'a: the sharpness, lambda_max, is 4, so rates up to 0.5 should be stable; descent was stable up to 0.5.'
     """
     sweeps = [Line(name, [*found.sweep], [*found.sweep.values()]) for name, found in results.items() if found.sweep]
     for name, found in results.items():
@@ -550,7 +262,7 @@ def describe(results: Mapping[str, Sharpness]) -> Diagnosis:
         title="How sharp is the landscape, and how large a learning rate does that allow?",
         look_for="A small largest eigenvalue of the Fisher matrix means a flat landscape that stands a large rate; "
         "points on the dashed line show that it predicts where gradient descent breaks.",
-        found=" ".join(_sentence(name, found) for name, found in results.items()),
+        found=by_network(results, _words),
         numbers={name: _numbers(found) for name, found in results.items()},
         figures=figures,
         source="Wei, Stokes & Schwab 2019, Mean-field Analysis of Batch Normalization; Karakida, Akaho & Amari, "
@@ -558,22 +270,24 @@ def describe(results: Mapping[str, Sharpness]) -> Diagnosis:
     )
 
 
-def _sentence(name: str, found: Sharpness) -> str:
+def _words(found: Sharpness) -> str:
     """What was found of one network."""
     own = found.fisher
     if not math.isfinite(own.largest):
-        return f"{name}: lambda_max is not finite."
+        return "the sharpness, lambda_max, is not finite."
     if own.largest == 0:
-        return f"{name}: lambda_max is 0, the outputs do not move with the parameters."
+        return "the sharpness, lambda_max, is 0: the outputs do not move with the parameters."
     measured = "no edge of stability was found"
     if math.isfinite(found.stable_rate):
         measured = f"descent was stable up to {found.stable_rate:.3g}"
-    text = f"{name}: lambda_max {own.largest:.3g}, so rates up to {own.rate:.3g} are stable; {measured}"
+    text = (
+        f"the sharpness, lambda_max, is {own.largest:.3g}, so rates up to {own.rate:.3g} should be stable; {measured}."
+    )
     usable = {gamma: value for gamma, value in found.sweep.items() if math.isfinite(value)}
     if len(usable) > 1:
         low, high = min(usable), max(usable)
-        text += f"; gains times {low:g} give {usable[low]:.3g}, times {high:g} {usable[high]:.3g}"
-    return text + "."
+        text += f" With all gains times {low:g} it is {usable[low]:.3g}, times {high:g} it is {usable[high]:.3g}."
+    return text
 
 
 def _numbers(found: Sharpness) -> dict[str, Any]:
@@ -588,28 +302,6 @@ def _numbers(found: Sharpness) -> dict[str, Any]:
         "stable_rate": finite(found.stable_rate),
         "sweep": {f"{gamma:g}": finite(value) for gamma, value in found.sweep.items()},
     }
-
-
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__}: no parameter requires a gradient, and the Fisher matrix is over those that do; "
-            "call requires_grad_(True) on what is trained"
-        )
-    return found
-
-
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The network's outputs."""
-    try:
-        output: Tensor = model(inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ConfigError(
-            f"{type(model).__name__} does not take inputs of shape {tuple(inputs.shape)}: {first_line(error)}"
-        ) from error
-    return output
 
 
 def _gain(module: nn.Module) -> nn.Parameter | None:

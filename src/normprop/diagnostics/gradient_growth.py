@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.jacobian import Call, finite, predicted, quietly, run
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.jacobian import predicted
 from normprop.diagnostics.plot import Line, Plot, Reference
+from normprop.diagnostics.products import LayerCall, differentiably, run
 from normprop.errors import ConfigError, first_line
 from normprop.moments import Activation, maps
 
@@ -162,7 +163,7 @@ def measure(
     """
     if probes < 1 or skip < 0:
         raise ConfigError(f"gradient_growth: probes must be positive and skip not negative, got {probes} and {skip}")
-    with quietly(subject.model, subject.inputs, seed) as model:
+    with differentiably(subject.model, subject.inputs, seed) as model:
         whole, calls = run(model, subject.inputs)
         squares = [torch.zeros((), dtype=torch.float64)] * len(calls)
         if not (isinstance(whole.output, torch.Tensor) and whole.output.requires_grad and calls):
@@ -188,7 +189,7 @@ def measure(
     return Growth(tuple(call.name for call in calls), lengths, fit(lengths[hidden]), theory)
 
 
-def _predicted(calls: Sequence[Call]) -> float | None:
+def _predicted(calls: Sequence[LayerCall]) -> float | None:
     """Rate between NormProp layers: the gradient passes all but the first of them."""
     values = [predicted(call.module) for call in calls[1:]]
     known = [value for value in values if value is not None and value > 0]
@@ -226,7 +227,7 @@ def describe(results: Mapping[str, Growth]) -> Diagnosis:
         title="Do gradients explode or vanish with depth?",
         look_for="A straight line on the logarithmic axis is growth by a constant factor per layer: rising to the "
         "left, gradients explode on their way back to the input; a flat line is healthy.",
-        found=" ".join(_sentence(name, found) for name, found in results.items()),
+        found=by_network(results, _words),
         numbers={name: _numbers(found) for name, found in results.items()},
         figures=(
             Plot(
@@ -246,18 +247,16 @@ def describe(results: Mapping[str, Growth]) -> Diagnosis:
     )
 
 
-def _sentence(name: str, found: Growth) -> str:
+def _words(found: Growth) -> str:
     """What was found of one network."""
     rate = found.rate
     if not math.isfinite(rate.value):
         pairs = zip(found.layers, found.squares, strict=True)
         bad = next((f"{square:g} at layer {layer}" for layer, square in pairs if not 0 < square < math.inf), "")
-        return f"{name}: no rate, {f'the squared gradient is {bad}' if bad else 'there are too few layers'}."
+        return f"no rate, {f'the squared gradient is {bad}' if bad else 'there are too few layers'}."
     size = f"{rate.value:.3f} ± {rate.error:.3f}" if math.isfinite(rate.error) else f"{rate.value:.3f}"
-    text = f"{name}: on the way back the squared gradient is multiplied by {size} per layer"
-    if found.predicted is not None:
-        text += f", where theory says {found.predicted:.3f}"
-    return text + "."
+    theory = "" if found.predicted is None else f", where theory says {found.predicted:.3f}"
+    return f"on the way back the squared gradient is multiplied by {size} per layer{theory}."
 
 
 def _numbers(found: Growth) -> dict[str, Any]:

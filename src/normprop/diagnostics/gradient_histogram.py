@@ -1,18 +1,16 @@
 """Gradient histogram: are a weight's gradients alike, or do a few dwarf the rest?"""
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.loss import gradients, labels_of
 from normprop.diagnostics.plot import Line, Plot
 from normprop.errors import ConfigError
-from normprop.training.random_state import preserved
 from normprop.training.statistics import watched
 
 
@@ -39,99 +37,6 @@ class GradientHistogram:
     peak: float
     centres: tuple[float, ...]
     density: tuple[float, ...]
-
-
-def finite(value: float) -> float | None:
-    """Return the number as JSON has it: ``None`` for what is not finite.
-
-    Example:
-        >>> finite(0.5), finite(float("inf"))
-        (0.5, None)
-    """
-    return value if math.isfinite(value) else None
-
-
-def labels_of(subject: Subject) -> Tensor:
-    """Return the labels of a subject, which a loss needs.
-
-    Raises:
-        ConfigError: if there are none.
-
-    Example:
-        >>> labels_of(Subject("plain", nn.Identity(), torch.ones(1, 2), torch.tensor([1])))
-        tensor([1])
-    """
-    if subject.labels is None:
-        raise ConfigError(f"{subject.name}: the loss needs labels, but the subject has none; give it labels")
-    return subject.labels
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch, with errors that say what does not fit.
-
-    Args:
-        logits: (N, classes, *space).
-        labels: classes, (N, *space), whole numbers.
-
-    Returns:
-        The loss, a scalar.
-
-    Raises:
-        ConfigError: if shapes, types or classes do not fit each other.
-
-    Example:
-        >>> round(cross_entropy(torch.zeros(2, 10), torch.tensor([3, 4])).item(), 4)
-        2.3026
-    """
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise ConfigError("cross-entropy needs a network that returns one tensor of logits, (N, classes)")
-    if labels.shape != (len(logits), *logits.shape[2:]) or labels.is_floating_point():
-        raise ConfigError(
-            f"logits of shape {tuple(logits.shape)} need whole-number labels of shape "
-            f"{(len(logits), *logits.shape[2:])}, got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if not labels.numel():
-        raise ConfigError("cross-entropy needs at least one image, got an empty batch")
-    classes = logits.shape[1]
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ConfigError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, but the network has {classes} classes, "
-            f"0 to {classes - 1}"
-        )
-    return F.cross_entropy(logits, labels.long())
-
-
-def gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
-    r"""Gradient of the mean cross-entropy of a batch by each parameter that requires one.
-
-    The network runs as a copy in its own mode: with batch norm in training mode that takes the batch's statistics, and
-    leaves the running ones as they are.
-
-    Args:
-        model: the network.
-        inputs: a batch, (N, ...).
-        labels: its classes.
-
-    Returns:
-        The loss, and the gradients by name, in the order of the parameters; without those that the loss does not
-        depend on.
-
-    Raises:
-        ConfigError: if no parameter requires a gradient, or if the labels do not fit.
-
-    Example:
-        >>> loss, found = gradients(nn.Linear(2, 3), torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))
-        >>> found["weight"].shape
-        torch.Size([3, 2])
-    """
-    twin = copy.deepcopy(model)
-    parameters = {name: parameter for name, parameter in twin.named_parameters() if parameter.requires_grad}
-    if not parameters:
-        raise ConfigError("no parameter of the network requires a gradient; call requires_grad_() on it first")
-    with preserved(), torch.enable_grad():
-        loss = cross_entropy(twin(inputs), labels)
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return loss.item(), {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
 
 
 def middle_weight(model: nn.Module) -> str:
@@ -284,11 +189,7 @@ def describe(results: Mapping[str, GradientHistogram]) -> Diagnosis:
             "Tails far above the dashed curve of a normal distribution are rare, very large gradients: they force a "
             "small learning rate on all others."
         ),
-        found=(
-            "The largest gradient over the median one, and the kurtosis (3 for a normal distribution): "
-            + "; ".join(f"{name} {_words(found)}" for name, found in results.items())
-            + "."
-        ),
+        found=by_network(results, _words),
         numbers={
             name: {
                 "weight": found.weight,
@@ -306,14 +207,17 @@ def describe(results: Mapping[str, GradientHistogram]) -> Diagnosis:
 
 
 def _words(found: GradientHistogram) -> str:
-    """One network's result."""
+    """What was found of one network."""
     where = "all parameters" if found.weight == "all" else found.weight or "one weight"
     if found.not_finite == found.count:
-        return f"has no finite gradient ({where})"
-    lost = f", {found.not_finite} of {found.count} not finite" if found.not_finite else ""
+        return f"{where} has no finite gradient."
+    lost = f" ({found.not_finite} of {found.count} are not finite)" if found.not_finite else ""
     if math.isnan(found.peak):
-        return f"has gradients of 0 only ({where}{lost})"
+        return f"the gradients of {where} are all 0{lost}."
     if math.isnan(found.kurtosis):
-        return f"has equal gradients only ({where}{lost})"
-    peak = f"{found.peak:.3g}" if math.isfinite(found.peak) else "infinite (the median is 0)"
-    return f"{peak} and {found.kurtosis:.3g} ({where}{lost})"
+        return f"the gradients of {where} are all equal{lost}."
+    peak = f"{found.peak:.3g} times" if math.isfinite(found.peak) else "infinitely many times"
+    return (
+        f"the largest gradient of {where} is {peak} the median one, and the kurtosis is {found.kurtosis:.3g}, where a "
+        f"normal distribution has 3{lost}."
+    )

@@ -1,6 +1,5 @@
 """Gradient noise: how far is the gradient of a mini-batch from that of all images?"""
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.gradient_histogram import finite, gradients, labels_of
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.loss import gradients, labels_of
 from normprop.diagnostics.plot import Line, Plot
+from normprop.diagnostics.quiet import quietly
 from normprop.errors import ConfigError
-from normprop.training.random_state import preserved
 
 _CHUNK = 8  # gradients that are held at the same time
 # Of the size of an image's gradient: the mean of all must be the batch's up to this, which C feels only by its square.
@@ -153,20 +152,19 @@ def sample_deviation(model: nn.Module, inputs: Tensor, labels: Tensor, whole: Ma
         >>> round(sample_deviation(layer, x, y, gradients(layer, x, y)[1]), 3) > 0
         True
     """
-    twin = copy.deepcopy(model)
-    parameters = {name: twin.get_parameter(name).detach() for name in whole}
-
-    def loss(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        # Buffers that the forward pass writes to must belong to the transform.
-        buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
-        logits = torch.func.functional_call(twin, {**values, **buffers}, (image[None],))
-        return F.cross_entropy(logits, label[None].long())
-
-    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
     deviation = size = 0.0
     mean = {name: torch.zeros_like(value) for name, value in whole.items()}
-    with preserved(), torch.no_grad(), warnings.catch_warnings():
+    with quietly(model, inputs) as twin, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # operators that vmap maps one by one
+        parameters = {name: twin.get_parameter(name).detach() for name in whole}
+
+        def loss(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            # Buffers that the forward pass writes to must belong to the transform.
+            buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+            logits = torch.func.functional_call(twin, {**values, **buffers}, (image[None],))
+            return F.cross_entropy(logits, label[None].long())
+
+        per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
         for images, own in zip(inputs.split(_CHUNK), labels.split(_CHUNK), strict=True):
             try:
                 found = per_image(parameters, images, own)
@@ -247,11 +245,7 @@ def describe(results: Mapping[str, GradientNoise]) -> Diagnosis:
             "A curve far above the others is a network whose small batches disagree; on the dashed line the noise is "
             "that of independent images, inversely proportional to the size of the batch."
         ),
-        found=(
-            "The mean squared distance of an image's gradient from that of all, relative to the squared gradient: "
-            + "; ".join(f"{name} {_words(found)}" for name, found in results.items())
-            + "."
-        ),
+        found=by_network(results, _words),
         numbers={name: _numbers(found) for name, found in results.items()},
         figures=(
             Plot(
@@ -296,12 +290,17 @@ def _numbers(found: GradientNoise) -> dict[str, object]:
 
 
 def _words(found: GradientNoise) -> str:
-    """One network's result."""
+    """What was found of one network."""
     if not math.isfinite(found.deviation + found.gradient):
-        return "not known, as gradients are not finite"
+        return "not known, as gradients are not finite."
     if not found.gradient:
-        return "not known, as the gradient is 0"
+        return "not known, as the gradient is 0."
+    origin = "" if found.per_sample else f", as batches of {found.sizes[-1]} imply; no image has a gradient of its own"
+    text = (
+        f"the mean squared distance of an image's gradient from that of all images is "
+        f"{found.deviation / found.gradient:.3g} times the squared length of the latter{origin}."
+    )
     ratios = [value for value in _ratios(found) if math.isfinite(value)]
-    fit = f"batches have {min(ratios):.2g} to {max(ratios):.2g} times the noise that this predicts" if ratios else ""
-    origin = "exact" if found.per_sample else f"from batches of {found.sizes[-1]}, as images have no gradients alone"
-    return f"{found.deviation / found.gradient:.3g} ({', '.join(part for part in (origin, fit) if part)})"
+    if ratios:
+        text += f" Batches have {min(ratios):.2g} to {max(ratios):.2g} times the noise that this predicts."
+    return text

@@ -1,6 +1,5 @@
 """Line profile: how far can a step against the gradient go before the loss rises?"""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.gradient_histogram import cross_entropy, finite, gradients, labels_of
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.loss import cross_entropy, gradients, labels_of
 from normprop.diagnostics.plot import Line, Plot, Reference
+from normprop.diagnostics.quiet import call, quietly
 from normprop.errors import ConfigError
-from normprop.training.random_state import preserved
 
 STEPS = tuple(10 ** (k / 4) for k in range(-20, 9))
 """Steps from 1e-5 to 100, four to a factor of ten."""
@@ -82,11 +81,10 @@ def line_profile(model: nn.Module, inputs: Tensor, labels: Tensor, steps: Sequen
 
 def _moved(model: nn.Module, gradient: Mapping[str, Tensor], step: float, inputs: Tensor, labels: Tensor) -> float:
     """Loss after a step against the gradient."""
-    twin = copy.deepcopy(model)
-    with preserved(), torch.no_grad():
+    with quietly(model, inputs) as twin:
         for name, value in gradient.items():
             twin.get_parameter(name).sub_(value, alpha=step)
-        return cross_entropy(twin(inputs), labels).item()
+        return cross_entropy(call(twin, inputs), labels).item()
 
 
 def measure(subject: Subject, steps: Sequence[float] = STEPS) -> LineProfile:
@@ -121,7 +119,7 @@ def describe(results: Mapping[str, LineProfile]) -> Diagnosis:
 
     Example:
         >>> describe({"none": LineProfile(2.0, 1.0, (0.1, 1.0), (1.5, 9.0), 1.0, 0.1)}).found
-        'The step at which the loss first exceeds its start, and the one where it is lowest: none 1 and 0.1.'
+        'none: the loss is above its start from a step of 1 on; it is lowest after a step of 0.1.'
     """
     lines = [
         Line(name, found.steps, [loss / found.start if found.start else math.nan for loss in found.losses])
@@ -134,11 +132,7 @@ def describe(results: Mapping[str, LineProfile]) -> Diagnosis:
             "The further right a curve dips before it rises above the dotted line, the larger the learning rates that "
             "the network stands."
         ),
-        found=(
-            "The step at which the loss first exceeds its start, and the one where it is lowest: "
-            + "; ".join(f"{name} {_words(found)}" for name, found in results.items())
-            + "."
-        ),
+        found=by_network(results, _words),
         numbers={
             name: {
                 "start": finite(found.start),
@@ -166,8 +160,11 @@ def describe(results: Mapping[str, LineProfile]) -> Diagnosis:
 
 
 def _words(found: LineProfile) -> str:
-    """One network's result."""
+    """What was found of one network."""
     if not math.isfinite(found.start):
-        return "has no finite loss before the step"
-    rise = f"{found.rise:.2g}" if math.isfinite(found.rise) else f"more than {found.steps[-1]:.2g}"
-    return f"{rise} and " + (f"{found.best:.2g}" if found.best else "0 (no step lowers it)")
+        return "the loss is not finite before the step."
+    rise = f"is above its start from a step of {found.rise:.2g} on"
+    if not math.isfinite(found.rise):
+        rise = f"stays at its start or below up to a step of {found.steps[-1]:.2g}"
+    best = f"it is lowest after a step of {found.best:.2g}" if found.best else "no step lowers it"
+    return f"the loss {rise}; {best}."

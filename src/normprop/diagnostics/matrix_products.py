@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.gradient_histogram import finite
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.linear_calls import LinearCall, linear_calls
 from normprop.diagnostics.plot import Line, Plot, Reference
-from normprop.diagnostics.sign_coherence import LinearCall, linear_calls
 from normprop.errors import ConfigError
 
 _BINS = 24
@@ -248,11 +247,7 @@ def describe(results: Mapping[str, ProductSpectrum]) -> Diagnosis:
             "The more matrices, the more values pile up near 0 while a few grow: most directions are lost, and a rate "
             "that suits the large ones is too small for all others."
         ),
-        found=(
-            "Largest and median squared singular value, relative to the mean, and condition number: "
-            + "; ".join(f"{name} {_words(found)}" for name, found in results.items())
-            + "."
-        ),
+        found=by_network(results, _words),
         numbers={
             name: {
                 "factors": found.factors,
@@ -307,12 +302,13 @@ def _median(falling: Sequence[float]) -> float:
 
 
 def _words(found: ProductSpectrum) -> str:
-    """One product's result."""
+    """What was found of one product."""
     if not found.squared[0]:
-        return "is 0"
+        return "the product is 0."
     condition = f"{found.condition:.2g}" if found.condition < 1e15 else "above 1e+15"
-    product = "1 factor" if found.factors == 1 else f"{found.factors} factors"
+    product = "1 matrix" if found.factors == 1 else f"{found.factors} matrices"
     return (
-        f"{found.squared[0]:.3g} (large Gaussian matrices: {edge(found.factors):.3g}), "
-        f"{_median(found.squared):.2g} and {condition} ({product} of size {len(found.squared)})"
+        f"of the product of {product} of size {len(found.squared)}, the largest squared singular value is "
+        f"{found.squared[0]:.3g} times the mean (large Gaussian matrices: {edge(found.factors):.3g}), the median one "
+        f"{_median(found.squared):.2g} times; the condition number is {condition}."
     )

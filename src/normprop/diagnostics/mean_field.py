@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from normprop import moments as M
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
 from normprop.diagnostics.mean_field_maps import Layer, Signal, backward_growth, normprop, propagate
-from normprop.diagnostics.passes import LayerPass, finite, forward, parts
+from normprop.diagnostics.passes import LayerPass, forward, parts
 from normprop.diagnostics.plot import Line, Plot, Scale
 from normprop.errors import ConfigError, first_line
 from normprop.functional import MomentKind
@@ -225,7 +225,7 @@ def describe(results: Mapping[str, MeanField]) -> Diagnosis:
             "unlike (0), and gradients that grow or shrink from layer to layer make deep networks hard to train; "
             "dashed lines are what theory predicts for random weights."
         ),
-        found=" ".join(_sentence(name, result) for name, result in results.items()),
+        found=by_network(results, _words),
         numbers={name: _numbers(result) for name, result in results.items()},
         figures=[
             _plot("Size of the signal", "mean square of the layer's input", "second_moments", results, "log"),
@@ -316,19 +316,19 @@ def _growth(gradients: Sequence[float]) -> float:
     return (first / last) ** (1 / (len(gradients) - 1)) if whole and first > 0 and last > 0 else math.nan
 
 
-def _sentence(name: str, result: MeanField) -> str:
+def _words(result: MeanField) -> str:
     """What was found in one network."""
     measured, count = result.measured, len(result.layers)
     sizes, likes = measured.second_moments, measured.correlations
     broken = [place for place, size in enumerate(sizes) if not math.isfinite(size)]
     if broken:
         where = f"the output of layer {result.layers[broken[0] - 1]}" if broken[0] else "the input"
-        return f"{name}: the signal is not finite from {where} on."
+        return f"the signal is not finite from {where} on."
     theory_size, theory_like = result.predicted.second_moments[-1], result.predicted.correlations[-1]
     if not result.covered:
         theory_size = theory_like = math.nan
     words = [
-        f"{name}: over {count} layer{'s' * (count != 1)} the mean square goes from {sizes[0]:.3g} to "
+        f"over {count} layer{'s' * (count != 1)} the mean square goes from {sizes[0]:.3g} to "
         f"{_with_theory(sizes[-1], theory_size)}"
     ]
     if math.isfinite(likes[0]):

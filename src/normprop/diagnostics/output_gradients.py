@@ -1,6 +1,5 @@
 """Output gradients: does every image pull the outputs the same way?"""
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.gradient_histogram import cross_entropy, finite, labels_of
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.loss import cross_entropy, labels_of
 from normprop.diagnostics.plot import Figure, Heat, Line, Plot
+from normprop.diagnostics.quiet import call, quietly
 from normprop.errors import ConfigError
-from normprop.training.random_state import preserved
 
 _ROWS = 100  # images of a heat map; more have no pixels of their own
 
@@ -107,9 +106,8 @@ def measure(subject: Subject) -> OutputGradients:
         torch.Size([2, 3])
     """
     labels = labels_of(subject)
-    twin = copy.deepcopy(subject.model)
-    with preserved(), torch.no_grad():
-        logits = twin(subject.inputs)
+    with quietly(subject.model, subject.inputs) as network:
+        logits = call(network, subject.inputs, subject.name)
     return output_gradients(logits, labels)
 
 
@@ -143,11 +141,7 @@ def describe(results: Mapping[str, OutputGradients]) -> Diagnosis:
             "A column of one colour is a class that every image is pushed away from, whatever it shows; in a healthy "
             "start only the blue marks of the right classes stand out."
         ),
-        found=(
-            "The share of the output gradients' variance that lies between the classes: "
-            + "; ".join(f"{name} {_words(found)}" for name, found in results.items())
-            + "."
-        ),
+        found=by_network(results, _words),
         numbers={
             name: {
                 "between": finite(found.between),
@@ -174,11 +168,12 @@ def _heat(name: str, found: OutputGradients) -> Heat:
 
 
 def _words(found: OutputGradients) -> str:
-    """One network's result."""
+    """What was found of one network."""
     if not math.isfinite(found.between):
-        return "not known, as its outputs are not finite or its gradients all 0"
+        return "not known, as its outputs are not finite or its gradients all 0."
     share = f"{found.share:.0%}" if math.isfinite(found.share) else "no share"
     return (
-        f"{found.between:.1%} (class {found.dominating} has {share} of the squared mean gradient, "
-        f"{found.predicted:.0%} of the images are given one class)"
+        f"{found.between:.1%} of the variance of the output gradients lies between the classes, the same for every "
+        f"image; class {found.dominating} has {share} of the squared mean gradient, and {found.predicted:.0%} of the "
+        f"images are given one class."
     )

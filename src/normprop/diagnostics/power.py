@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.gaussianity import preactivations
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
 from normprop.diagnostics.plot import Line, Plot
+from normprop.diagnostics.preactivations import preactivations
 from normprop.errors import ConfigError
 
 
@@ -101,7 +101,7 @@ class LayerPower:
     """Power of one pre-activation.
 
     Args:
-        layer: name from :func:`normprop.diagnostics.gaussianity.preactivations`.
+        layer: name from :func:`normprop.diagnostics.preactivations.preactivations`.
         power: by channel.
     """
 
@@ -147,13 +147,10 @@ def describe(results: Mapping[str, Sequence[LayerPower]]) -> Diagnosis:
     Example:
         >>> part = power(torch.tensor([[[0.0, 2.0]], [[3.0, 7.0]]]))
         >>> describe({"net": [LayerPower("0", part)]}).found
-        'Share of the power that is the same in all samples and positions, in the first and the last layer: net 0.58,
-        0.58. Share by which samples differ in mean or contrast: net 0.27, 0.27.'
+        'net: from the first layer to the last, the share of the power that is the same in all samples and positions
+        goes from 0.58 to 0.58, and the share by which samples differ from 0.27 to 0.27.'
     """
     shares = {name: [layer.power.shares for layer in layers] for name, layers in results.items()}
-    ends = {name: (rows[0], rows[-1]) for name, rows in shares.items() if rows}
-    constant = [f"{name} {_share(first[0])}, {_share(last[0])}" for name, (first, last) in ends.items()]
-    between = [f"{name} {_share(_samples(first))}, {_share(_samples(last))}" for name, (first, last) in ends.items()]
 
     def plot(title: str, label: str, pick: Any) -> Plot:
         lines = [Line(name, range(1, len(rows) + 1), [pick(row) for row in rows]) for name, rows in shares.items()]
@@ -164,10 +161,8 @@ def describe(results: Mapping[str, Sequence[LayerPower]]) -> Diagnosis:
         title="Do channels become constants, or samples alike, with depth?",
         look_for="A constant part that grows towards 1 means that channels tell nothing apart (layer norm in deep "
         "networks); a part between samples of 0 means that the strength of a channel is lost (instance norm).",
-        found=f"Share of the power that is the same in all samples and positions, in the first and the last layer: "
-        f"{'; '.join(constant)}. Share by which samples differ in mean or contrast: {'; '.join(between)}."
-        if ends
-        else "No pre-activations were looked at.",
+        found=by_network({name: rows for name, rows in shares.items() if rows}, _words)
+        or "No pre-activations were looked at.",
         numbers={name: [_numbers(layer) for layer in layers] for name, layers in results.items()},
         figures=[
             plot("Constant part", "(E m)² as a share of E[y²]", lambda row: row[0]),
@@ -176,6 +171,15 @@ def describe(results: Mapping[str, Sequence[LayerPower]]) -> Diagnosis:
         ],
         source="Labatie, Masters, Eaton-Rosen & Luschi 2021, Proxy-Normalizing Activations to Match Batch "
         "Normalization while Removing Batch Dependence",
+    )
+
+
+def _words(rows: Sequence[tuple[float, float, float, float]]) -> str:
+    """What was found in one network."""
+    constant, between = ([_share(pick(rows[end])) for end in (0, -1)] for pick in (lambda row: row[0], _samples))
+    return (
+        "from the first layer to the last, the share of the power that is the same in all samples and positions goes "
+        f"from {constant[0]} to {constant[1]}, and the share by which samples differ from {between[0]} to {between[1]}."
     )
 
 
@@ -193,6 +197,4 @@ def _share(value: float) -> str:
 def _numbers(layer: LayerPower) -> dict[str, Any]:
     values = (*layer.power.shares, layer.power.total.mean().item())
     names = ("constant", "between", "within", "contrast", "total")
-    return {"layer": layer.layer} | {
-        name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)
-    }
+    return {"layer": layer.layer} | {name: finite(value) for name, value in zip(names, values, strict=True)}

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from normprop.data import Dataset
-from normprop.diagnostics.diagnosis import Diagnosis
+from normprop.diagnostics.diagnosis import Diagnosis, by_network, finite
 from normprop.diagnostics.plot import Line, Plot, Reference
 from normprop.errors import ConfigError
 from normprop.training import TrainConfig
@@ -72,18 +72,18 @@ class Ladder:
 
         Runs may be finite again at far higher rates: one step then kills all units and nothing moves any more.
         """
-        finite = None
+        borne = None
         for rate in self.rates:
             if any(rung.reason is not None for rung in self.at(rate)):
                 break
-            finite = rate
-        return finite
+            borne = rate
+        return borne
 
     @property
     def best(self) -> float | None:
         """Rate with the highest mean accuracy on validation images, of those at which every run stayed finite."""
-        finite = [rate for rate in self.rates if all(rung.reason is None for rung in self.at(rate))]
-        return max(finite, key=lambda rate: fmean(rung.validation for rung in self.at(rate)), default=None)
+        borne = [rate for rate in self.rates if all(rung.reason is None for rung in self.at(rate))]
+        return max(borne, key=lambda rate: fmean(rung.validation for rung in self.at(rate)), default=None)
 
     def accuracy(self, rate: float) -> float:
         """Mean accuracy on test images over the seeds; nan if any run diverged."""
@@ -139,14 +139,14 @@ def rate_ladder(
         for seed in seeds:
             result = fit(build, dataset, dataclasses.replace(config, lr=rate, seed=seed))
             last = result.curve[-1]
-            finite = result.status == "complete"
+            complete = result.status == "complete"
             rungs.append(
                 Rung(
                     rate=rate,
                     seed=seed,
                     reason=result.reason,
-                    validation=1 - last.validation_error if finite else math.nan,
-                    accuracy=1 - last.test_error if finite else math.nan,
+                    validation=1 - last.validation_error if complete else math.nan,
+                    accuracy=1 - last.test_error if complete else math.nan,
                 )
             )
     return Ladder(tuple(rungs), config.epochs, dataset.num_classes)
@@ -164,7 +164,7 @@ def describe(results: Mapping[str, Ladder]) -> Diagnosis:
     Example:
         >>> ladder = Ladder((Rung(0.1, 0, None, 0.8, 0.75), Rung(1.0, 0, "loss was nan", math.nan, math.nan)), 2, 10)
         >>> describe({"none": ladder}).found
-        'none stays finite for 2 epochs up to a rate of 0.1; its best test accuracy is 75.0 %, at a rate of 0.1.'
+        'none: stays finite for 2 epochs up to a rate of 0.1; its best test accuracy is 75.0 %, at a rate of 0.1.'
     """
     chance = sorted({1 / ladder.classes for ladder in results.values()})
     accuracy = Plot(
@@ -175,7 +175,7 @@ def describe(results: Mapping[str, Ladder]) -> Diagnosis:
         x_scale="log",
         references=[Reference(100 * share, "guessing") for share in chance],
     )
-    finite = Plot(
+    survivors = Plot(
         "Runs that stay finite",
         "learning rate",
         "share of runs, %",
@@ -187,18 +187,15 @@ def describe(results: Mapping[str, Ladder]) -> Diagnosis:
         title="How large a learning rate does the network bear?",
         look_for="At small rates all curves lie close together; a method that helps training goes on to larger rates "
         "before its curve ends, and reaches its highest accuracy there.",
-        found=" ".join([_sentence(results), *_comparison(results)]),
+        found="\n".join([by_network(results, _words), *_comparison(results)]),
         numbers={name: _numbers(ladder) for name, ladder in results.items()},
-        figures=[accuracy, finite],
+        figures=[accuracy, survivors],
         source="Bjorck, Gomes, Selman & Weinberger 2018, Understanding Batch Normalization",
     )
 
 
-def _sentence(results: Mapping[str, Ladder]) -> str:
-    return "; ".join(f"{name} {_clause(ladder)}" for name, ladder in results.items()) + "."
-
-
-def _clause(ladder: Ladder) -> str:
+def _words(ladder: Ladder) -> str:
+    """What was found of one network."""
     epochs = f"{ladder.epochs} epoch{'s' if ladder.epochs > 1 else ''}"
     if ladder.limit is None:
         borne = f"diverges within {epochs} at a rate of {ladder.rates[0]:.3g}, the smallest tried"
@@ -206,10 +203,9 @@ def _clause(ladder: Ladder) -> str:
         tried = ", the largest tried" if ladder.limit == ladder.rates[-1] else ""
         borne = f"stays finite for {epochs} up to a rate of {ladder.limit:.3g}{tried}"
     if ladder.best is None:
-        return borne
-    return (
-        f"{borne}; its best test accuracy is {100 * ladder.accuracy(ladder.best):.1f} %, at a rate of {ladder.best:.3g}"
-    )
+        return f"{borne}."
+    accuracy = 100 * ladder.accuracy(ladder.best)
+    return f"{borne}; its best test accuracy is {accuracy:.1f} %, at a rate of {ladder.best:.3g}."
 
 
 def _comparison(results: Mapping[str, Ladder]) -> list[str]:
@@ -246,6 +242,6 @@ def _numbers(ladder: Ladder) -> dict[str, Any]:
         "best accuracy": None if ladder.best is None else ladder.accuracy(ladder.best),
         "epochs": ladder.epochs,
         "rates": list(ladder.rates),
-        "accuracy": [value if math.isfinite(value) else None for value in accuracies],
+        "accuracy": [finite(value) for value in accuracies],
         "share of finite runs": _finite(ladder),
     }

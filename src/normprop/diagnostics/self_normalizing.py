@@ -1,165 +1,19 @@
-"""Do layers keep mean 0 and variance 1 by themselves, as self-normalising networks promise?
-
-The map of a unit: inputs of mean mu and variance nu, weights of sum omega and squared sum tau give a pre-activation of
-mean mu omega and variance nu tau, taken as Gaussian, and its activation has mean mu~ and variance nu~.
-"""
+"""Do layers keep mean 0 and variance 1 by themselves, as self-normalising networks promise?"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normprop import moments
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.passes import LayerPass, finite, forward, parts
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.moment_map import DOMAINS, image, jacobian
+from normprop.diagnostics.passes import LayerPass, forward, parts
 from normprop.diagnostics.plot import Line, Plot, Reference
 from normprop.fused import at_least_float32
-from normprop.moments import Activation, Value
-
-Range = tuple[float, float]
-
-
-def moment_map(
-    mean: Value, var: Value, omega: Value = 0.0, tau: Value = 1.0, activation: Activation = "selu"
-) -> tuple[Value, Value]:
-    """Mean and variance of a unit's output, E f and Var f at N(mean omega, var tau).
-
-    In closed form for SELU and every activation that has one, else by quadrature.
-
-    Args:
-        mean: mu of the inputs, a number or a tensor.
-        var: nu, their variance, not negative.
-        omega: sum of the unit's weights.
-        tau: sum of their squares.
-        activation: see :func:`normprop.moments.resolve`.
-
-    Returns:
-        mu~ and nu~; tensors, differentiable, if one of the arguments is one.
-
-    Raises:
-        ConfigError: if the pre-activation's variance is negative or not finite.
-
-    Source:
-        Klambauer et al. 2017, the map g of means and variances.
-
-    Example:
-        >>> mean, var = moment_map(0.0, 1.0)
-        >>> abs(mean) < 1e-15, round(var, 12)
-        (True, 1.0)
-        >>> round(moment_map(0.0, 1.0, activation="tanh")[1], 7)
-        0.3942945
-    """
-    spread = var * tau
-    std = spread.sqrt() if isinstance(spread, Tensor) else math.sqrt(spread) if spread >= 0 else math.nan
-    found = moments.of(activation, mean * omega, std)
-    return found.mean, found.var
-
-
-def jacobian(
-    mean: float = 0.0, var: float = 1.0, omega: float = 0.0, tau: float = 1.0, activation: Activation = "selu"
-) -> Tensor:
-    """Derivative of :func:`moment_map` in mean and variance of the inputs.
-
-    Where its spectral norm is below 1 at a fixed point, deep networks are drawn to that point.
-
-    Args:
-        mean, var, omega, tau, activation: as there, numbers.
-
-    Returns:
-        (2, 2), float64: rows are mu~ and nu~, columns mu and nu.
-
-    Source:
-        Klambauer et al. 2017, theorem 1.
-
-    Example:
-        >>> bool(torch.linalg.matrix_norm(jacobian(), 2) < 1)
-        True
-    """
-    with torch.enable_grad():
-        at = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mean, var)]
-        outputs = moment_map(at[0], at[1], omega, tau, activation)
-        rows = [torch.autograd.grad(torch.as_tensor(output), at, retain_graph=True) for output in outputs]
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A box of inputs and weights, and what a theorem claims of the map there.
-
-    Args:
-        claim: "maps into itself" (mean and variance stay in the box), "variance falls" or "variance rises".
-        mean, var, omega, tau: ranges of mu, nu, omega and tau.
-    """
-
-    claim: Literal["maps into itself", "variance falls", "variance rises"]
-    mean: Range
-    var: Range
-    omega: Range
-    tau: Range
-
-
-_SMALL = (-0.1, 0.1)
-DOMAINS: Mapping[str, Domain] = {
-    "theorem 1": Domain("maps into itself", _SMALL, (0.8, 1.5), _SMALL, (0.95, 1.1)),
-    "theorem 2": Domain("variance falls", (-1.0, 1.0), (3.0, 16.0), _SMALL, (0.8, 1.25)),
-    "theorem 3, first box": Domain("variance rises", _SMALL, (0.02, 0.16), _SMALL, (0.8, 1.25)),
-    "theorem 3, second box": Domain("variance rises", _SMALL, (0.02, 0.24), _SMALL, (0.9, 1.25)),
-}
-"""The domains of the paper's three theorems on SELU networks."""
-
-
-@dataclass(frozen=True)
-class Image:
-    """What the map makes of a domain, on a grid.
-
-    Args:
-        mean: smallest and largest mu~.
-        var: smallest and largest nu~.
-        ratio: smallest and largest nu~ / nu.
-        holds: whether the claim is true at every point.
-    """
-
-    mean: Range
-    var: Range
-    ratio: Range
-    holds: bool
-
-
-@torch.no_grad()
-def image(domain: Domain, points: int = 9, activation: Activation = "selu") -> Image:
-    """Map a domain and check its claim.
-
-    Args:
-        domain: the box.
-        points: per axis, both ends included, at least 2.
-        activation: f.
-
-    Returns:
-        What the map makes of it.
-
-    Source:
-        Klambauer et al. 2017, theorems 1 to 3.
-
-    Example:
-        >>> [image(domain).holds for domain in DOMAINS.values()]
-        [True, True, True, True]
-    """
-    axes = [
-        torch.linspace(*ends, points, dtype=torch.float64)
-        for ends in (domain.mean, domain.var, domain.omega, domain.tau)
-    ]
-    mean, var, omega, tau = torch.cartesian_prod(*axes).unbind(1)
-    new_mean, new_var = (torch.as_tensor(value) for value in moment_map(mean, var, omega, tau, activation))
-    ratio = new_var / var
-    means, variances, ratios = ((value.min().item(), value.max().item()) for value in (new_mean, new_var, ratio))
-    inside = all(
-        box[0] <= low and high <= box[1] for (low, high), box in ((means, domain.mean), (variances, domain.var))
-    )
-    holds = {"maps into itself": inside, "variance falls": ratios[1] < 1, "variance rises": ratios[0] > 1}
-    return Image(means, variances, ratios, holds[domain.claim])
 
 
 @dataclass(frozen=True)
@@ -251,9 +105,9 @@ def describe(results: Mapping[str, Trajectory]) -> Diagnosis:
         title="Do layers keep mean 0 and variance 1 by themselves?",
         look_for=(
             "Lines that stay between the dotted ones, where SELU provably keeps a network's mean and variance; dashed "
-            "lines are what the moment map predicts from the layers' weights, and in the last plot arrival near (0, 1)."
+            "lines are what theory predicts from the layers' weights, and in the last plot arrival near (0, 1)."
         ),
-        found=" ".join(_sentence(name, result) for name, result in results.items()),
+        found=by_network(results, _words),
         numbers={
             "map": {
                 "spectral_norm": torch.linalg.matrix_norm(jacobian(), 2).item(),
@@ -310,15 +164,15 @@ def _mapped(layer: LayerPass, mean: float, var: float) -> tuple[float, float] | 
     return means.mean().item(), (variances.mean() + means.var(correction=0)).item()
 
 
-def _sentence(name: str, result: Trajectory) -> str:
+def _words(result: Trajectory) -> str:
     """What was found in one network."""
     count = len(result.layers)
     means = [value for value in result.means[1:] if math.isfinite(value)]
     variances = [value for value in result.variances[1:] if math.isfinite(value)]
     if not means or not variances:
-        return f"{name}: means and variances are not finite in any of {count} layers."
+        return f"means and variances are not finite in any of {count} layers."
     words = (
-        f"{name}: {result.self_normalizing} of {count} layers put out a mean within ±0.1 and a variance from 0.8 to "
+        f"{result.self_normalizing} of {count} layers put out a mean within ±0.1 and a variance from 0.8 to "
         f"1.5; means are from {min(means):.3g} to {max(means):.3g}, variances from {min(variances):.3g} to "
         f"{max(variances):.3g}"
     )
@@ -328,7 +182,7 @@ def _sentence(name: str, result: Trajectory) -> str:
         if 0 < measured < math.inf and 0 < predicted < math.inf
     ]
     if ratios:
-        words += f", off the map's variances by a factor of at most {math.exp(max(ratios)):.3g}"
+        words += f", which theory predicts to within a factor of {math.exp(max(ratios)):.3g}"
     return f"{words}."
 
 

@@ -1,41 +1,18 @@
 """Sign coherence: do the terms of a weight's gradient add up, or cancel?"""
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
-from normprop.diagnostics.gradient_histogram import cross_entropy, finite, labels_of
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, by_network, finite
+from normprop.diagnostics.linear_calls import LinearCall, linear_calls
+from normprop.diagnostics.loss import cross_entropy, labels_of
 from normprop.diagnostics.plot import Line, Plot
 from normprop.errors import ConfigError
-from normprop.training.random_state import preserved
-from normprop.training.statistics import watched
-
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """One call of a linear map while a network ran.
-
-    Args:
-        layer: dotted name of the layer that made it.
-        function: ``torch.nn.functional``'s linear or convolution.
-        arguments: its arguments by name; "weight" is the effective one, after whatever the layer does to its own.
-        output: what it returned.
-    """
-
-    layer: str
-    function: Callable[..., Tensor]
-    arguments: dict[str, Any]
-    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,77 +46,6 @@ def _ratio(above: float, below: float) -> float:
     return above / below if below else (math.inf if above else math.nan)
 
 
-class _Recorder(TorchFunctionMode):
-    """Notes the calls of linear maps by the layer that is running."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer: str | None = None
-        self.calls: list[LinearCall] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function; note its arguments if it is a linear map."""
-        output = func(*args, **(kwargs or {}))
-        if self.layer is not None and func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
-            arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
-            self.calls.append(LinearCall(self.layer, func, arguments, output))
-            return output.clone()  # which may be overwritten, unlike what is differentiated by
-        return output
-
-
-def linear_calls(model: nn.Module, inputs: Tensor, then: Callable[[Tensor, list[LinearCall]], Any]) -> Any:
-    """Run a copy of a network and look at the calls of linear maps that its layers make.
-
-    The run is under a transform of ``torch.func``, where every layer is composed of ordinary operators, so that the
-    effective weights of all methods are seen: those of NormProp and its relatives are normalised, scaled, centred.
-
-    Args:
-        model: the network, in the mode to run in.
-        inputs: a batch, (N, ...).
-        then: is called within the transform with the outputs and the calls, in order; outputs and calls are
-            differentiable by ``torch.autograd.grad``.
-
-    Returns:
-        The tensors that `then` returns.
-
-    Raises:
-        ConfigError: if the network cannot run under such a transform.
-
-    Example:
-        >>> calls = linear_calls(nn.Linear(2, 3), torch.ones(1, 2), lambda output, calls: calls[0].output)
-        >>> calls.shape
-        torch.Size([1, 3])
-    """
-    twin = copy.deepcopy(model)
-    recorder = _Recorder()
-
-    def enter(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            recorder.layer = name
-
-        return hook
-
-    for name, layer in watched(twin):
-        layer.register_forward_pre_hook(enter(name), prepend=True)
-        layer.register_forward_hook(lambda *_: setattr(recorder, "layer", None))
-
-    def run(zero: Tensor) -> tuple[Tensor, Any]:
-        # Buffers that the forward pass writes to must belong to the transform.
-        buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
-        output = torch.func.functional_call(twin, buffers, (inputs.detach() + zero,))
-        return zero, then(output, recorder.calls)
-
-    # Gradients are taken within the transform; what autograd notes around it would only take memory.
-    with preserved(), torch.no_grad(), recorder:
-        try:
-            zero = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
-            results: Any = torch.func.vjp(run, zero, has_aux=True)
-        except RuntimeError as error:
-            message = str(error).splitlines()[0]
-            raise ConfigError(f"{type(model).__name__}: the network cannot run under torch.func: {message}") from error
-    return results[2]
-
-
 def sign_coherence(calls: Sequence[LinearCall], output_gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     r"""Sums over the terms of the gradient by each entry of a weight, exact.
 
@@ -165,7 +71,7 @@ def sign_coherence(calls: Sequence[LinearCall], output_gradients: Sequence[Tenso
 
     Example:
         >>> u, w, d = torch.tensor([[1.0], [-2.0]]), torch.ones(1, 1), torch.tensor([[1.0], [1.0]])
-        >>> call = LinearCall("", F.linear, {"input": u, "weight": w}, u @ w.T)
+        >>> call = LinearCall("", torch.nn.functional.linear, {"input": u, "weight": w}, u @ w.T)
         >>> [value.item() for value in sign_coherence([call], [d])]
         [3.0, 3.0, 1.0]
     """
@@ -187,8 +93,7 @@ def sign_coherence(calls: Sequence[LinearCall], output_gradients: Sequence[Tenso
 
 def _weight_gradient(call: LinearCall, u: Tensor, d: Tensor) -> Tensor:
     """Gradient by the weight of a linear map of u, whose output has the gradient d."""
-    arguments = {**call.arguments, "bias": None, "input": u}
-    found: Any = torch.func.vjp(lambda w: call.function(**{**arguments, "weight": w}), call.arguments["weight"])
+    found: Any = torch.func.vjp(lambda w: call.again(input=u, weight=w, bias=None), call.arguments["weight"])
     gradient: Tensor = found[1](d)[0]
     return gradient
 
@@ -281,12 +186,7 @@ def describe(results: Mapping[str, SignCoherence]) -> Diagnosis:
             "A line that stays near 1 is a gradient whose terms share their sign, so that every image pushes the same "
             "way; a line that falls is one whose terms cancel."
         ),
-        found=(
-            "The terms of a gradient, taken without their signs, add up to so many times what is left within each "
-            "image (a/b1), and in all (a/c): "
-            + "; ".join(f"{name} {_words(found)}" for name, found in results.items())
-            + "."
-        ),
+        found=by_network(results, _words),
         numbers={
             name: {
                 "layer": found.layer,
@@ -317,9 +217,12 @@ def _sums(found: SignCoherence) -> tuple[float, float, float]:
 
 
 def _words(found: SignCoherence) -> str:
-    """One network's result."""
+    """What was found of one network."""
     if not all(math.isfinite(value) for value in _sums(found)):
-        return f"not known, as the gradient is not finite ({found.layer})"
+        return f"the gradient of layer {found.layer} is not finite."
     if not found.terms:
-        return f"not known, as all terms are 0 ({found.layer})"
-    return f"{found.within_samples:.3g} and {found.overall:.3g} ({found.layer})"
+        return f"all terms of the gradient of layer {found.layer} are 0."
+    return (
+        f"without their signs, the terms of the gradient of layer {found.layer} add up to {found.within_samples:.3g} "
+        f"times what is left of them within images (a/b1), and {found.overall:.3g} times what is left in all (a/c)."
+    )

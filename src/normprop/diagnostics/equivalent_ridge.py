@@ -1,22 +1,10 @@
-r"""How strong a regulariser is batch norm? The multiplier that the data set, and the ridge that noisy inputs amount to.
+r"""What weight decay does a norm amount to on noisy inputs? Two networks whose first layers point the same way.
 
-A linear unit behind a batch norm of fixed scale, :math:`\hat y = w \cdot x / \sqrt{w^T \Sigma w}`, is the constrained
-problem of least :math:`\tfrac12 E (y - w \cdot x)^2` under :math:`w^T \Sigma w = 1`, with :math:`\Sigma = E x x^T` and
-:math:`c = E x y` of centred data. Its multiplier, the rate of regularisation, is no setting but a statistic of the
-data. With noise of variance :math:`s^2` on every input, :math:`\Sigma` becomes :math:`\Sigma + s^2 I`:
-
-.. math:: \lambda^* = \sqrt{c^T (\Sigma + s^2 I)^{-1} c} - 1, \qquad w^* = (\Sigma + s^2 I)^{-1} c / (1 + \lambda^*)
-
-Without noise :math:`1 + \lambda^*` is the multiple correlation times sd(y). Noise lowers it and adds the ridge term
-:math:`\tfrac12 (1 + \lambda^*) s^2 \|w\|^2`, so the direction of w is that of ridge regression with coefficient
-:math:`s^2`. With a learnable gain the constraint does not bind: :math:`\gamma^* = 1 + \lambda^*` and the prediction is
-that ridge regression itself.
-
-The claim that batch norm tunes its regularisation by the data is Annamalai & Thakur's. Their own formula, their theorem
-on noisy inputs and their protocol were not at hand: all formulas here, and the probe of networks, are ours.
+For a linear unit behind a batch norm the answer is known, see :mod:`.auto_rate`: noise of variance s^2 on the inputs
+turns its weight as a ridge coefficient of s^2 does without the norm. Other networks are trained and compared.
 
 Source:
-    Annamalai & Thakur 2022 for the claim; derivation ours.
+    Annamalai & Thakur 2022 for the claim; the probe is ours.
 """
 
 import copy
@@ -29,100 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.diagnostics.diagnosis import Diagnosis
+from normprop.diagnostics.auto_rate import auto_rate
+from normprop.diagnostics.diagnosis import Diagnosis, by_network, finite
 from normprop.diagnostics.plot import Line, Plot, Reference
 from normprop.errors import ConfigError
 from normprop.training import random_state
 from normprop.training.statistics import watched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class AutoRate:
-    """What the data make of a linear unit behind a batch norm of fixed scale.
-
-    Args:
-        rate: the multiplier lambda*; 0 where the constraint does not bind, below 0 where it stretches the unit.
-        weight: w*, (features,).
-        gain: gamma*, the best scale of the batch norm, 1 + lambda*.
-        ridge: coefficient of the term ||w||^2 / 2 that noise adds, (1 + lambda*) s^2.
-    """
-
-    rate: float
-    weight: Tensor
-    gain: float
-    ridge: float
-
-
-def from_moments(covariance: Tensor, cross: Tensor, noise: float = 0.0) -> AutoRate:
-    """Compute the multiplier from second moments.
-
-    Args:
-        covariance: of the inputs, (features, features); where it is singular w* is the solution of least norm.
-        cross: covariances of inputs and target, (features,).
-        noise: variance of noise added to every input.
-
-    Returns:
-        Multiplier, weight, gain and ridge.
-
-    Raises:
-        ConfigError: if the noise is negative or the target does not depend linearly on the inputs.
-
-    Source:
-        Ours, for Annamalai & Thakur 2022.
-
-    Example:
-        >>> from_moments(torch.eye(2), torch.tensor([3.0, 4.0]))
-        AutoRate(rate=4.0, weight=tensor([0.6000, 0.8000]), gain=5.0, ridge=0.0)
-    """
-    if not (math.isfinite(noise) and noise >= 0):
-        raise ConfigError(f"auto_rate: noise {noise}; expected a variance, finite and at least 0")
-    if covariance.shape != (len(cross), len(cross)):
-        raise ConfigError(
-            f"auto_rate: covariance of shape {tuple(covariance.shape)}; expected {(len(cross), len(cross))}"
-        )
-    noisy = covariance + noise * torch.eye(len(cross), dtype=cross.dtype, device=cross.device)
-    direction = torch.linalg.pinv(noisy, hermitian=True) @ cross
-    squared = float(cross @ direction)
-    if not squared > 0:
-        raise ConfigError("auto_rate: the target is uncorrelated with the inputs; no weight is better than another")
-    gain = math.sqrt(squared)
-    return AutoRate(gain - 1, direction / gain, gain, gain * noise)
-
-
-def auto_rate(X: Tensor, y: Tensor, noise: float = 0.0) -> AutoRate:
-    """Compute the multiplier from data, in double precision.
-
-    Args:
-        X: inputs, (samples, features); centred here.
-        y: target, (samples,); centred here, its scale matters.
-        noise: variance of noise added to every input, in the units of the inputs.
-
-    Returns:
-        Multiplier, weight, gain and ridge.
-
-    Raises:
-        ConfigError: if the shapes do not fit, a value is not finite, or as :func:`from_moments`.
-
-    Source:
-        Ours, for Annamalai & Thakur 2022.
-
-    Example:
-        >>> X = torch.tensor([[1.0], [-1.0]])
-        >>> auto_rate(X, 2 * X[:, 0]).rate, auto_rate(X, 2 * X[:, 0], noise=3.0).rate
-        (1.0, 0.0)
-    """
-    if X.ndim != 2 or y.shape != X.shape[:1]:
-        raise ConfigError(
-            f"auto_rate: X has shape {tuple(X.shape)} and y {tuple(y.shape)}; expected (samples, features) and "
-            "(samples,)"
-        )
-    if not (X.isfinite().all() and y.isfinite().all()):
-        raise ConfigError("auto_rate: X or y has values that are not finite; leave these samples out")
-    centred = X.double() - X.double().mean(0)
-    target = y.double() - y.double().mean()
-    return from_moments(centred.T @ centred / len(X), centred.T @ target / len(X), noise)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -336,9 +238,9 @@ def describe(results: Mapping[str, EquivalentRidge]) -> Diagnosis:
     Example:
         >>> found = EquivalentRidge((0.1, 0.4), (0.1, 0.3), ((0.0, 0.2), (0.3, 0.1)), (0.1, 0.3), (-0.2, -0.3))
         >>> describe({"linear": found}).found
-        'Noise of variance 0.1 to 0.4 on the inputs of linear turns its first weights as a ridge coefficient of 0.1 to
-         0.3 (at an end of the grid) does without the norm (1 - cos at most 0.1); the multiplier of a linear unit is
-         -0.2 to -0.3.'
+        'linear: noise of variance 0.1 to 0.4 on the inputs turns the first weights as a weight decay of 0.1 to 0.3 (at
+        an end of the grid) does without the norm; what is left of the angle has 1 - cos of at most 0.1. For a linear
+        unit on the same data the multiplier is -0.2 to -0.3.'
     """
     noises = sorted({noise for found in results.values() for noise in found.noises if noise > 0})
     ridge = [Line(name, found.noises, found.ridge) for name, found in results.items()]
@@ -347,11 +249,11 @@ def describe(results: Mapping[str, EquivalentRidge]) -> Diagnosis:
     rates = [Line(name, found.noises, found.rates) for name, found in results.items()]
     variance = "variance of the noise on each input"
     return Diagnosis(
-        name="regularization",
+        name="equivalent-ridge",
         title="What weight decay does a norm amount to on noisy inputs?",
-        look_for="The more noise, the larger the equivalent ridge coefficient should be; for a linear unit they are "
-        "equal, and the multiplier falls with the noise.",
-        found=" ".join(_sentence(name, found) for name, found in results.items()),
+        look_for="The more noise, the larger the weight decay (ridge coefficient) that does the same without the norm; "
+        "for a linear unit the two are equal, and its multiplier, the rate of regularisation, falls with the noise.",
+        found=by_network(results, _words),
         numbers={name: _numbers(found) for name, found in results.items()},
         figures=[
             Plot("Equivalent ridge", variance, "ridge coefficient", [*ridge, *theory], "log", "log"),
@@ -362,14 +264,15 @@ def describe(results: Mapping[str, EquivalentRidge]) -> Diagnosis:
     )
 
 
-def _sentence(name: str, found: EquivalentRidge) -> str:
+def _words(found: EquivalentRidge) -> str:
+    """What was found of one network."""
     order = sorted(range(len(found.noises)), key=found.noises.__getitem__)
     noises, ridges, rates = ([values[at] for at in order] for values in (found.noises, found.ridge, found.rates))
     ends = " (at an end of the grid)" if {*found.ridge} & {found.ridges[0], found.ridges[-1]} else ""
     return (
-        f"Noise of variance {_span(noises)} on the inputs of {name} turns its first weights as a ridge coefficient of "
-        f"{_span(ridges)}{ends} does without the norm (1 - cos at most {max(found.distance):.2g}); the multiplier of a "
-        f"linear unit is {_span(rates)}."
+        f"noise of variance {_span(noises)} on the inputs turns the first weights as a weight decay of {_span(ridges)}"
+        f"{ends} does without the norm; what is left of the angle has 1 - cos of at most {max(found.distance):.2g}. "
+        f"For a linear unit on the same data the multiplier is {_span(rates)}."
     )
 
 
@@ -380,7 +283,7 @@ def _span(values: Sequence[float]) -> str:
 
 def _numbers(found: EquivalentRidge) -> dict[str, Any]:
     def row(values: Sequence[float]) -> list[float | None]:
-        return [value if math.isfinite(value) else None for value in values]
+        return [finite(value) for value in values]
 
     return {
         "noise variance": row(found.noises),
