@@ -62,7 +62,7 @@ def test_orthonormal_rows_have_singular_values_0_or_1_over_c1_never_the_jacobian
     assert found.mean_square == pytest.approx(RELU, rel=0.1)
 
 
-@pytest.mark.parametrize("activation", TABLE_A, ids=str)
+@pytest.mark.parametrize("activation", TABLE_A, ids=lambda activation: getattr(activation, "__name__", str(activation)))
 def test_the_squared_jacobian_factor_of_table_a(activation):
     layer = paper_layer(256, 128, activation)
     assert J.predicted(layer) == pytest.approx(TABLE_A[activation], abs=2e-7)
