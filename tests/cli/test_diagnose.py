@@ -23,9 +23,9 @@ QUICK = ["--checks", "depth-moments,power", "--samples", "16", "--out", "page.ht
 
 @pytest.fixture
 def own(tmp_path):
-    (tmp_path / "mine.py").write_text(MODULE)
-    yield "mine:own"
-    sys.modules.pop("mine", None)
+    (tmp_path / "diagnosed.py").write_text(MODULE)
+    yield "diagnosed:own"
+    sys.modules.pop("diagnosed", None)
 
 
 def test_compares_methods_on_a_reference_network(here, tmp_path):
@@ -53,7 +53,7 @@ def test_questions_about_labels_are_left_out_of_random_inputs(here, own, tmp_pat
     arguments = ["--input", "8x1x12x12", "--out", "page.html", "--checks", "output-gradients,depth-moments"]
     done = here("diagnose", own, *arguments)
     assert done.returncode == 0, done.err
-    assert "Left out: output-gradients, mine:own: " in done.out
+    assert "Left out: output-gradients, diagnosed:own: " in done.out
     assert "random numbers" in (tmp_path / "page.html").read_text()
     done = here("diagnose", own, *arguments[:-1], "output-gradients")
     assert (done.returncode, done.err.count("\n")) == (2, 1)
@@ -71,7 +71,7 @@ def test_lists_its_questions(here):
         (["nin", "--weights", "a.pt"], "--weights are those of one network; give one method"),
         (["nim"], "no model 'nim'"),
         (["nin", "--methods", "batsh"], "batsh"),
-        (["mine:own", "--input", "ids=2x3:10"], "a single input tensor"),
+        (["diagnosed:own", "--input", "ids=2x3:10"], "a single input tensor"),
     ],
 )
 def test_bad_input_gets_one_line(here, own, arguments, words):
