@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import normprop
+from normprop.training import launch
 from tests.graph.families import FAMILIES
 
 
@@ -116,22 +118,19 @@ def test_other_devices_are_followed():
     assert {tensor.device.type for tensor in held} == {"meta"}
 
 
-def _step(rank: int, file: str, results: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _step(report: Callable[[object], None]) -> dict[str, Tensor]:
+    torch.distributed.init_process_group("gloo")
     net, x = converted("resnet_v1_basic")
     parallel = nn.parallel.DistributedDataParallel(net.double().train())
+    rank = torch.distributed.get_rank()
     part = x[0].double()[4 * rank : 4 * rank + 4]
     # two forward passes before one backward: batch norm's running statistics break this
     (parallel(part).square().mean() + parallel(part).square().mean()).backward()
-    if rank == 0:
-        torch.save({name: parameter.grad for name, parameter in net.named_parameters()}, results)
-    torch.distributed.destroy_process_group()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
-def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path):
-    file, results = str(tmp_path / "meeting"), str(tmp_path / "gradients.pt")
-    torch.multiprocessing.spawn(_step, (file, results), nprocs=2)
-    found = torch.load(results, weights_only=True)
+def test_two_processes_give_the_gradients_of_the_whole_batch():
+    found = launch.run(_step, (), 2, lambda value: None)
     net, x = converted("resnet_v1_basic")
     net.double().train()
     (2 * net(x[0].double()).square().mean()).backward()
