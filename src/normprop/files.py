@@ -36,3 +36,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def write_content(path: Path, content: str | bytes) -> Path:
+    """Write a text, as UTF-8, or bytes with :func:`write_whole`.
+
+    Args:
+        path: the file; its folder is made if there is none.
+        content: of the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_content(Path(folder) / "note.txt", "hello").read_bytes()
+        b'hello'
+    """
+    data = content.encode() if isinstance(content, str) else content
+    return write_whole(path, lambda file: file.write(data))

@@ -158,5 +158,7 @@ def test_the_ladder_is_judged_by_its_numbers():
     assert "gains +2.0 points" in claims[1][1]
     runs["batch", 0.1] = records("batch", 0.1, [0.3, 0.3])
     assert [agrees for agrees, _ in bjorck_lr._claims(runs)] == [False, False]
+    runs["batch", 1.0] = records("batch", 1.0, [0.3, 0.89])  # a run that goes on at chance is lost
+    assert bjorck_lr.largest_rate("batch", runs) == 0.1
     lost = {key: records(*key, [None]) for key in table}
     assert bjorck_lr._claims(lost)[0][1] == "A method diverged at every rate."

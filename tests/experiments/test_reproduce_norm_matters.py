@@ -73,19 +73,19 @@ def test_a_tiny_protocol_runs_and_resumes(tmp_path, monkeypatch):
     assert steps["corrected rate"] == steps["decay"]
     assert figure(first).startswith("<svg")
     assert "not at hand" in markdown(first, "normprop reproduce", "x.svg")
-    monkeypatch.setattr(norm_schedule, "_train", None)  # nothing can train
+    monkeypatch.setattr(norm_schedule, "train_arm", None)  # nothing can train
     assert module.run(context(tmp_path, seeds=1)) == first
 
 
 def test_an_arm_that_lost_the_lengths_trains_decay_again(monkeypatch):
     trained = []
-    train = norm_schedule._train
+    train = norm_schedule.train_arm
 
     def noted(arm, *rest):
         trained.append(arm)
         return train(arm, *rest)
 
-    monkeypatch.setattr(norm_schedule, "_train", noted)
+    monkeypatch.setattr(norm_schedule, "train_arm", noted)
     arm = {name: module.Combination(name, TINY.batch_size, TINY.lr, 0) for name in ARMS}
     together, alone = module._measure(TINY), module._measure(TINY)
     together(arm["decay"])

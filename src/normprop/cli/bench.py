@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from normprop.cli.options import Json, Quiet, comma_list
 from normprop.cli.output import screen
 from normprop.errors import ConfigError, requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("cli"):
     import typer
@@ -120,7 +120,7 @@ def save(path: Path, text: str) -> None:
         ConfigError: if it cannot be written.
     """
     try:
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_content(path, text)
     except OSError as error:
         raise ConfigError(f"--out: cannot write {path} ({error.strerror}); name another directory") from error
 

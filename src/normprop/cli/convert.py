@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from normprop.cli import converted, models
 from normprop.cli.weights import FORMATS, packed
 from normprop.errors import ConfigError, requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("cli"):
     import typer
@@ -70,12 +70,12 @@ def convert(
     code = models.python(loaded, [f"net = {converted.as_python(options)}"], place)
     text = f"{report}\n\nThe converted network in Python:\n\n{code}"
     document = json.dumps({**report.to_dict(), "options": options}, indent=2, allow_nan=False)
-    files = {
-        out / "report.html": report.to_html().encode(),
-        out / "report.json": f"{document}\n".encode(),
-        out / "report.txt": f"{text}\n".encode(),
+    files: dict[Path, str | bytes] = {
+        out / "report.html": report.to_html(),
+        out / "report.json": f"{document}\n",
+        out / "report.txt": f"{text}\n",
         place: packed(net, place.suffix),
     }
     for path, content in files.items():
-        write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+        write_content(path, content)
     print(f"{text}\n\n{out / 'report.html'}")

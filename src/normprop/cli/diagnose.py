@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from normprop.cli import models
 from normprop.cli.options import Quiet, comma_list
 from normprop.errors import ConfigError, requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("cli"):
     import typer
@@ -82,7 +82,7 @@ def diagnose(
         numbers = {"command": command, "left_out": left_out} | {d.name: dict(d.numbers) for d in diagnoses}
         files[json] = json_format.dumps(numbers, indent=2, allow_nan=False) + "\n"
     for path, text in files.items():
-        write_whole(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_content(path, text)
     for diagnosis in diagnoses:
         print(f"{diagnosis.title}\n{diagnosis.found}\n")
     for line in left_out:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from normprop.cli import converted, models
 from normprop.cli.weights import packed
 from normprop.errors import ConfigError, GraphError, first_line, requires
-from normprop.files import write_whole
+from normprop.files import write_content
 from normprop.graph.capture import Inputs, arguments
 
 with requires("cli"):
@@ -57,7 +57,7 @@ def fold(
         if onnx is not None:
             files[onnx] = _onnx(program)
     for path, data in files.items():
-        write_whole(path, lambda file, data=data: file.write(data))  # type: ignore[misc]
+        write_content(path, data)
     print(_summary(loaded, plain))
     if out is not None:
         code = models.python(loaded, ["net = normprop.fold(model, x)"], out)

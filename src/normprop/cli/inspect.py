@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from normprop.cli import models
 from normprop.cli.converted import Converted, bring
 from normprop.errors import requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("cli"):
     import typer
@@ -38,5 +38,5 @@ def inspect(
     if json is not None:
         files[json] = json_format.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
     for path, text in files.items():
-        write_whole(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_content(path, text)
     print(report)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normprop.errors import requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("cli"):
     from rich import box
@@ -34,7 +34,7 @@ def publish(study: "Study", out: Path, *, as_json: bool) -> None:
 
     results = document(study)
     text = json.dumps(results, indent=2, allow_nan=False)
-    write_whole(out / "results.json", lambda file: file.write(f"{text}\n".encode()))
+    write_content(out / "results.json", f"{text}\n")
     page = html.write(results, out / "report.html")
     if as_json:
         print(text)

@@ -10,7 +10,7 @@ from normprop.cli.compare import database, make_directory
 from normprop.cli.options import Json, Quiet
 from normprop.cli.progress import watch
 from normprop.errors import ConfigError, requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("cli"):
     import typer
@@ -74,5 +74,5 @@ def reproduce(
         f"{name}.json": json_format.dumps(numbers, indent=2, allow_nan=False) + "\n",
     }
     for file, text in texts.items():
-        write_whole(out / file, lambda stream, text=text: stream.write(text.encode()))  # type: ignore[misc]
+        write_content(out / file, text)
     print(texts[f"{name}.json"] if json else texts[f"{name}.md"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normprop.diagnostics.autoencoder_losses import NOISY, bias_gradient, denoising_expansion
-from normprop.diagnostics.diagnosis import Diagnosis, Subject
+from normprop.diagnostics.diagnosis import Diagnosis, Subject, finite
 from normprop.diagnostics.plot import Line, Plot, Reference
 from normprop.errors import ConfigError
 from normprop.models.autoencoder import AutoEncoder
@@ -306,25 +306,23 @@ def _objective(result: Sparsity) -> str:
     return f"{result.objective} at {result.coefficient:g}{words}"
 
 
-def _number(value: float | Tensor) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
 def _numbers(result: Sparsity) -> dict[str, Any]:
+    def mean(values: Tensor) -> float | None:
+        return finite(float(values.to(result.active.dtype).mean()))
+
     return {
         "objective": result.objective,
         "coefficient": result.coefficient,
         "units": len(result.active),
-        "activation_fraction": _number(result.active.mean()),
-        "dead_share": _number(result.dead.to(result.active.dtype).mean()),
-        "pushed_down_share": _number(result.pushed_down.to(result.active.dtype).mean()),
-        "sure_share": _number(result.sure.to(result.active.dtype).mean()),
-        "reconstruction_gradient": _number(result.reconstruction.mean()),
-        "regulariser_gradient": _number(result.regulariser.mean()),
-        "largest_part_of_bound": _number((result.reconstruction.abs() / result.bound).max()),
-        "residual_std": _number(result.residual_std),
-        "expansion": {name: _number(term) for name, term in result.expansion.items()},
+        "activation_fraction": mean(result.active),
+        "dead_share": mean(result.dead),
+        "pushed_down_share": mean(result.pushed_down),
+        "sure_share": mean(result.sure),
+        "reconstruction_gradient": mean(result.reconstruction),
+        "regulariser_gradient": mean(result.regulariser),
+        "largest_part_of_bound": finite(float((result.reconstruction.abs() / result.bound).max())),
+        "residual_std": finite(float(result.residual_std)),
+        "expansion": {name: finite(float(term)) for name, term in result.expansion.items()},
     }
 
 

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from normprop.errors import requires
-from normprop.files import write_whole
+from normprop.files import write_content
 
 with requires("report"):
     import plotly.graph_objects as go
@@ -124,5 +124,4 @@ def write(settings: Row, rows: Sequence[Row], out: Path) -> None:
     document = json.dumps({"settings": settings, "curves": list(rows)}, indent=1)
     page = figure(rows).to_html(include_plotlyjs=True, div_id="norm-schedule")
     for name, text in (("curves.json", document), ("table.md", table(rows)), ("figure.html", page)):
-        content = text.encode()
-        write_whole(out / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
+        write_content(out / name, text)

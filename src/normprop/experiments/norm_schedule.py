@@ -128,7 +128,7 @@ def run(plan: Plan, out: Path, progress: Callable[[str], None] = lambda line: No
             config = TrainConfig.from_dict(training.to_dict() | {"seed": seed})
             recorded: dict[str, Tensor] = {}
             for arm in ARMS:
-                curve, norms = _train(arm, assemble(build, dataset, config), dataset, plan, seed, recorded)
+                curve, norms = train_arm(arm, assemble(build, dataset, config), dataset, plan, seed, recorded)
                 if arm == "decay":
                     recorded = norms
                     save_norms(out / f"norms-{seed}.npz", norms)
@@ -137,10 +137,25 @@ def run(plan: Plan, out: Path, progress: Callable[[str], None] = lambda line: No
     return rows
 
 
-def _train(
+def train_arm(
     arm: str, model: nn.Module, dataset: Dataset, plan: Plan, seed: int, recorded: dict[str, Tensor]
 ) -> tuple[list[Row], dict[str, Tensor]]:
-    """Train one arm; return its curve and the lengths of its filters before each step."""
+    """Train one arm.
+
+    Args:
+        arm: one of ARMS.
+        model: network with batch norm; it is trained in place.
+        dataset: training and test images.
+        plan: what is trained.
+        seed: of the order of the batches.
+        recorded: lengths that "decay" had, for the arms that follow them.
+
+    Returns:
+        A row for each epoch as :func:`run` has it, and the lengths of the filters before each step.
+
+    Raises:
+        ConfigError: if a loss is not finite, or no filter is normalised.
+    """
     steps = plan.epochs * len(batch_sizes(len(dataset.train), plan.batch_size))
     blocks = normalized_blocks(model)
     weights: dict[str, nn.Parameter] = {name: block.linear.weight for name, block in blocks.items()}

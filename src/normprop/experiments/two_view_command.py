@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from normprop.errors import ConfigError, NormPropError
 from normprop.experiments.two_view import VARIANTS, TwoViewSettings, run
-from normprop.files import write_whole
+from normprop.files import write_content
 from normprop.report import two_view as report
 
 _PROGRAM = "python -m normprop.experiments.two_view"
@@ -53,9 +53,9 @@ def _run(given: list[str]) -> None:
     document = run(TwoViewSettings(**values), methods, seeds, _tell, command=shlex.join([*_PROGRAM.split(), *given]))
     text = json.dumps(document, indent=2, allow_nan=False)
     table = report.table(document)
-    write_whole(out / "results.json", lambda file: file.write(f"{text}\n".encode()))
-    write_whole(out / "results.md", lambda file: file.write(f"# {document['title']}\n\n{table}".encode()))
-    write_whole(out / "figure.html", lambda file: file.write(report.page(document).encode()))
+    write_content(out / "results.json", f"{text}\n")
+    write_content(out / "results.md", f"# {document['title']}\n\n{table}")
+    write_content(out / "figure.html", report.page(document))
     print(table)
     print(out / "figure.html")
 

@@ -87,9 +87,9 @@ class Inspection:
 
         text = page(self.to_dict())
         if path is not None:
-            from normprop.files import write_whole
+            from normprop.files import write_content
 
-            write_whole(Path(path), lambda file: file.write(text.encode()))
+            write_content(Path(path), text)
         return text
 
 

@@ -115,11 +115,11 @@ class ConversionReport:
         """
         with requires("report"):
             from normprop.report.conversion import page
-        from normprop.files import write_whole
+        from normprop.files import write_content
 
         text: str = page(self)
         if path is not None:
-            write_whole(Path(path), lambda file: file.write(text.encode()))
+            write_content(Path(path), text)
         return text
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from normprop.errors import requires
-from normprop.files import write_whole
+from normprop.files import write_content
 from normprop.report import curves, dots, figures, summary
 from normprop.report.marks import SHAPES, marks
 from normprop.report.results import Results, read
@@ -40,7 +40,7 @@ def write(document: dict[str, Any], path: Path) -> Path:
         'report.html'
     """
     page = _render(read(document))
-    return write_whole(Path(path), lambda file: file.write(page.encode()))
+    return write_content(Path(path), page)
 
 
 def _render(results: Results) -> str:

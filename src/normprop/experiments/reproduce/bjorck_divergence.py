@@ -13,6 +13,7 @@ from normprop.diagnostics.plot import Line, Plot, Reference
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce import bjorck_lr
 from normprop.experiments.reproduce.context import Context
+from normprop.experiments.reproduce.curves import by_method
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
 from normprop.nn import DataNorm
 
@@ -61,10 +62,7 @@ def run(context: Context) -> Reproduction:
     study = f"bjorck-divergence-{context.scale}"
     settings = shared.identity(dataset) | {"steps": _STEPS, "batches": _BATCHES}
     found = context.measure(study, settings, wanted, measure)
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for combination, measured in found.items():
-        assert measured is not None
-        runs[combination.method].append(measured)
+    runs = by_method(found, METHODS)
     agrees, contradicts = judged(_claims(runs))
     return Reproduction(
         name="bjorck-divergence",

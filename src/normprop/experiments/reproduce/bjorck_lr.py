@@ -15,6 +15,7 @@ from normprop.training.config import TrainConfig
 METHODS = ("none", "batch", "normprop")
 RATES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 BATCH_SIZE = 128
+_GUESSING = 15.0  # percent of ten classes; a tenth is guessed, and a little more when all images get one class
 
 Runs = Mapping[tuple[str, float], Sequence[TrialRecord]]
 
@@ -91,10 +92,19 @@ def accuracies(records: Sequence[TrialRecord]) -> list[float]:
 
 
 def largest_rate(method: str, runs: Runs) -> float | None:
-    """Largest rate below the first at which a run diverged; ``None`` if the smallest one is too large."""
+    """Largest rate, from the best one on, below the first at which a run is lost; ``None`` if all are.
+
+    A run is lost if its loss is not finite, or if it does no better than guessing: a small network can go on at a rate
+    that it does not bear.
+    """
+    rates = sorted({rate for name, rate in runs if name == method})
+    found = {rate: accuracies(runs[method, rate]) for rate in rates}
+    if not any(found.values()):
+        return None
+    best = max((rate for rate in rates if found[rate]), key=lambda rate: statistics.fmean(found[rate]))
     borne = None
-    for rate in sorted({rate for name, rate in runs if name == method}):
-        if len(complete(runs[method, rate])) < len(runs[method, rate]):
+    for rate in rates[rates.index(best) :]:
+        if len(found[rate]) < len(runs[method, rate]) or min(found[rate]) < _GUESSING:
             break
         borne = rate
     return borne

@@ -1,10 +1,36 @@
 """Curves of trained networks over seeds, as lines of a plot and as numbers."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from normprop.diagnostics.plot import Line
+from normprop.experiments.grid import Combination
 from normprop.experiments.trial import COMPLETE, TrialRecord
+
+T = TypeVar("T")
+
+
+def by_method(found: Mapping[Combination, T | None], methods: Iterable[str]) -> dict[str, list[T]]:
+    """Sort what was trained or measured by its method; runs that diverged, ``None``, are left out.
+
+    Args:
+        found: by combination.
+        methods: all that are to be in the result.
+
+    Returns:
+        For each method its results in the order of the combinations.
+
+    Example:
+        >>> a, b = Combination("none", 8, 0.1, 0), Combination("batch", 8, 0.1, 0)
+        >>> by_method({a: None, b: 0.5}, ["none", "batch"])
+        {'none': [], 'batch': [0.5]}
+    """
+    sorted_: dict[str, list[T]] = {method: [] for method in methods}
+    for combination, result in found.items():
+        if result is not None and combination.method in sorted_:
+            sorted_[combination.method].append(result)
+    return sorted_
 
 
 def complete(records: Sequence[TrialRecord]) -> list[TrialRecord]:

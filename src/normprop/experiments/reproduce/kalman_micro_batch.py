@@ -10,7 +10,7 @@ from normprop import models, norms
 from normprop.diagnostics.plot import Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce.context import Context
-from normprop.experiments.reproduce.curves import accuracy_line, complete
+from normprop.experiments.reproduce.curves import accuracy_line, by_method, complete
 from normprop.experiments.reproduce.reproduction import Difference, Reproduction, Table, judged, spread
 from normprop.experiments.settings import Settings
 from normprop.experiments.trial import TrialRecord
@@ -105,7 +105,7 @@ def run(context: Context) -> Reproduction:
         settings = _settings(context, "small" if is_small else factory)
         wanted = [Combination(method, BATCH_SIZE, RATE, seed) for seed in seeds for method in methods]
         trained = context.train(f"kalman-micro-batch-{context.scale}-{images}", settings, wanted)
-        runs |= {method: [trained[c] for c in wanted if c.method == method] for method in methods}
+        runs |= by_method(trained, methods)
     errors = {method: _errors(records) for method, records in runs.items()}
     agrees, contradicts = judged([_claim(pair, errors) for pair in _PAIRS])
     return Reproduction(

@@ -18,6 +18,7 @@ from normprop.diagnostics.plot import Line, Plot
 from normprop.diagnostics.stable_rate import stable_rate
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce.context import Context
+from normprop.experiments.reproduce.curves import by_method
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
 from normprop.nn import DataNorm
 
@@ -54,10 +55,7 @@ def run(context: Context) -> Reproduction:
     wanted = [Combination(method, BATCH_SIZE, RATE, seed) for seed in seeds for method in methods]
     settings = {"data": dataset.name, "width": _WIDTH, "depth": _DEPTH, "steps": steps}
     found = context.measure(f"meanfield-fisher-{context.scale}", settings, wanted, measure)
-    runs: dict[str, list[Mapping[str, Any]]] = {method: [] for method in methods}
-    for combination, measured in found.items():
-        assert measured is not None
-        runs[combination.method].append(measured)
+    runs = by_method(found, methods)
     agrees, contradicts = judged(_claims(runs))
     return Reproduction(
         name="meanfield-fisher",

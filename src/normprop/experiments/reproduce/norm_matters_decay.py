@@ -118,7 +118,7 @@ def _measure(plan: Plan) -> Callable[[Combination], dict[str, Any] | None]:
         with random_state.preserved():
             model = assemble(settings.builder(dataset(), "batch"), dataset(), settings.training)
             recorded = lengths[seed] if followed else {}
-            curve, norms = norm_schedule._train(arm, model, dataset(), plan, seed, recorded)
+            curve, norms = norm_schedule.train_arm(arm, model, dataset(), plan, seed, recorded)
         if arm == "decay":
             lengths.clear()
             lengths[seed] = norms

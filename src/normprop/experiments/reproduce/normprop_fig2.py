@@ -12,6 +12,7 @@ from normprop.diagnostics.plot import Line, Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce import cifar
 from normprop.experiments.reproduce.context import Context
+from normprop.experiments.reproduce.curves import by_method
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
 from normprop.nn import DataNorm
 
@@ -54,10 +55,7 @@ def run(context: Context) -> Reproduction:
     wanted = [Combination(method, BATCH_SIZE, rate, seed) for seed in seeds for method, rate in RATES.items()]
     name = f"normprop-fig2-{context.scale}"
     found = context.measure(name, settings.identity(dataset), wanted, measure)
-    runs: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in RATES}
-    for combination, measured in found.items():
-        if measured is not None:
-            runs[combination.method].append(measured["layers"])
+    runs = {method: [run["layers"] for run in of] for method, of in by_method(found, RATES).items()}
     agrees, contradicts = judged(_claims(runs))
     return Reproduction(
         name="normprop-fig2",

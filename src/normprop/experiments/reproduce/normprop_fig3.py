@@ -7,7 +7,7 @@ from normprop.diagnostics.plot import Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce import cifar
 from normprop.experiments.reproduce.context import Context
-from normprop.experiments.reproduce.curves import accuracy, accuracy_line
+from normprop.experiments.reproduce.curves import accuracy, accuracy_line, by_method
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
 
 METHODS = ("normprop-paper", "batch", "normprop")
@@ -33,7 +33,7 @@ def run(context: Context) -> Reproduction:
     settings = cifar.settings(context, data_norm="batch")
     wanted = [Combination(method, BATCH_SIZE, RATE, seed) for seed in seeds for method in METHODS]
     trained = context.train(f"normprop-fig3-{context.scale}", settings, wanted)
-    runs = {method: [trained[c] for c in wanted if c.method == method] for method in METHODS}
+    runs = by_method(trained, METHODS)
     curves = {method: accuracy(records) for method, records in runs.items()}
     epochs = settings.training.epochs
     shown = {epoch * epochs // _PAPER_EPOCHS: printed for epoch, printed in _PRINTED.items()}

@@ -8,7 +8,7 @@ from normprop.diagnostics.plot import Line, Plot
 from normprop.experiments.grid import Combination
 from normprop.experiments.reproduce import cifar
 from normprop.experiments.reproduce.context import Context
-from normprop.experiments.reproduce.curves import complete
+from normprop.experiments.reproduce.curves import by_method, complete
 from normprop.experiments.reproduce.reproduction import Reproduction, Table, judged, spread
 from normprop.experiments.settings import Settings
 from normprop.experiments.trial import TrialRecord
@@ -66,7 +66,7 @@ def run(context: Context) -> Reproduction:
         wanted = [Combination(method, row.batch_size, row.rate, seed) for seed in seeds for method in METHODS]
         name = f"normprop-table1-{context.scale}-{row.data}{'-flips' if row.flip else ''}"
         trained = context.train(name, settings, wanted)
-        runs = {method: [trained[c] for c in wanted if c.method == method] for method in METHODS}
+        runs = by_method(trained, METHODS)
         errors[row.name] = {method: _errors(records) for method, records in runs.items()}
         ours = [spread(errors[row.name][method]) for method in METHODS]
         texts.append((row.name, *ours, *(f"{value:.2f}" for value in row.printed)))
