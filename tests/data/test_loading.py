@@ -15,9 +15,9 @@ def test_an_unknown_name_gives_one_line():
         load("cifr10")
     assert str(caught.value) == (
         "cifr10: no such data set; expected one of digits, mnist, fashion-mnist, cifar10, cifar100, svhn, svhn-extra, "
-        "an .npz file, or a folder of images"
+        "pasted, an .npz file, or a folder of images"
     )
-    assert names() == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "svhn-extra")
+    assert names() == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "svhn-extra", "pasted")
 
 
 def test_data_directories(write_idx, tmp_path, monkeypatch):

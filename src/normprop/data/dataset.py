@@ -14,7 +14,7 @@ class Split:
 
     Args:
         images: uint8 (N, C, H, W) with values 0..255, or float32 (N, C, H, W) or (N, F), kept as stored.
-        labels: int64 (N,), class numbers.
+        labels: int64 class numbers: (N,), or (N, H, W) of every pixel of images.
 
     Raises:
         DataError: if types, shapes, lengths or devices do not fit together.
@@ -34,10 +34,17 @@ class Split:
             raise DataError(f"images are {images.dtype}; expected torch.uint8 or torch.float32")
         if images.ndim not in (2, 4):
             raise DataError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W) or (N, F)")
-        if labels.dtype != torch.int64 or labels.ndim != 1:
-            raise DataError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected torch.int64 (N,)")
+        if labels.dtype != torch.int64 or labels.ndim not in (1, 3):
+            raise DataError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected torch.int64 (N,) or (N, H, W)"
+            )
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images but {len(labels)} labels; expected as many of both")
+        if labels.ndim == 3 and (images.ndim != 4 or images.shape[2:] != labels.shape[1:]):
+            raise DataError(
+                f"labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}; expected a label for every "
+                f"pixel of (N, C, H, W)"
+            )
         if images.device != labels.device:
             raise DataError(f"images are on {images.device}, labels on {labels.device}; expected one device")
 

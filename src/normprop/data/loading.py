@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from normprop.data import cifar, idx, npz
+from normprop.data import cifar, idx, npz, pasted
 from normprop.data.dataset import Dataset
 from normprop.errors import ConfigError, DataError
 
@@ -20,9 +20,9 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('digits', 'mnist', 'fashion-mnist', 'cifar10', 'cifar100', 'svhn', 'svhn-extra')
+        ('digits', 'mnist', 'fashion-mnist', 'cifar10', 'cifar100', 'svhn', 'svhn-extra', 'pasted')
     """
-    return ("digits", *_IDX, *_CIFAR, *_SVHN)
+    return ("digits", *_IDX, *_CIFAR, *_SVHN, pasted.NAME)
 
 
 def load(
@@ -62,6 +62,8 @@ def load(
         from normprop.data import svhn  # needs an extra
 
         return svhn.load(svhn.SVHN_EXTRA if name == "svhn-extra" else svhn.SVHN, directory)
+    if name == pasted.NAME:
+        return pasted.load(directory)
     if name == "digits":
         from normprop.data import digits  # needs an extra
 

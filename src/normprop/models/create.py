@@ -22,15 +22,16 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
 
     Args:
         name: ``"nin"``, ``"mlp"``, ``"vit"``, ``"two-view"``, ``"lstm"``, ``"resnet18"``, ``"resnet8"``,
-            ``"resnet14"``, ..., ``"unet3d"`` or your own ``"package.module:factory"``: called as ``factory(norm=...)``,
-            with the current directory importable.
+            ``"resnet14"``, ..., ``"unet"``, ``"unet3d"`` or your own ``"package.module:factory"``: called as
+            ``factory(norm=...)``, with the current directory importable.
         shape: shape of a sample, (C, H, W), (F,), or (C, D, H, W) for ``"unet3d"``.
         num_classes: number of outputs.
         norm: name of the method (:func:`normprop.norms.names`).
         width: multiplies the number of channels or hidden features of a reference network.
 
     Returns:
-        A network from (N, *shape) to logits (N, num_classes), of ``"unet3d"`` (N, num_classes, D, H, W).
+        A network from (N, *shape) to logits (N, num_classes), of ``"unet"`` and ``"unet3d"`` for every pixel or voxel,
+        (N, num_classes, H, W) and (N, num_classes, D, H, W).
 
     Raises:
         ConfigError: for an unknown name, or samples that the network cannot take.
@@ -43,11 +44,11 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
         return _own(name, norm)
     if name == "mlp":
         return mlp(shape, num_classes, norm=norm, width=width)
-    known = re.fullmatch(r"nin|vit|two-view|lstm|unet3d|resnet(\d+)", name)
+    known = re.fullmatch(r"nin|vit|two-view|lstm|unet|unet3d|resnet(\d+)", name)
     if known is None:
         raise ConfigError(
-            f"no model {name!r}; there are nin, mlp, vit, two-view, lstm, unet3d, resnet18, resnet8, resnet14, ... and "
-            "package.module:factory"
+            f"no model {name!r}; there are nin, mlp, vit, two-view, lstm, unet, unet3d, resnet18, resnet8, resnet14, "
+            "... and package.module:factory"
         )
     if name == "unet3d":
         if len(shape) != 4:
@@ -59,6 +60,8 @@ def create(name: str, shape: Sequence[int], num_classes: int, norm: str = "normp
         return nin(shape[0], num_classes, norm=norm, width=width)
     if name == "lstm":
         return lstm(shape, num_classes, norm=norm, width=width)
+    if name == "unet":
+        return unet(shape[0], num_classes, norm=norm, width=width, dims=2)
     if name == "two-view":
         return two_view(shape[0], num_classes, norm=norm, width=width)
     if name == "vit":

@@ -31,7 +31,7 @@ class EpochRecord:
         step: updates made so far.
         lr: learning rate of the last update (of the first, for epoch 0).
         train_loss: mean over the epoch's samples, each seen with the weights of its time; ``None`` for epoch 0.
-        validation_error: fraction of validation samples that are misclassified.
+        validation_error: fraction of validation labels that are missed, one for each sample, or for each pixel.
         test_error: likewise on the test split.
         seconds: training time so far, evaluation not included.
         layers: statistics of each layer's output.

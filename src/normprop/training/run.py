@@ -149,7 +149,7 @@ class Run:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of this process's share of a batch, scaled so that the mean over processes is the batch's."""
-        images = self._augment(images)
+        images, labels = self._augment(images, labels)
         weight = 1.0
         if self.fabric.world_size > 1:
             total, processes, rank = len(labels), self.fabric.world_size, self.fabric.global_rank
@@ -168,12 +168,15 @@ class Run:
             logits: Tensor = network(images.to(self.dtype))
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
-    def _augment(self, images: Tensor) -> Tensor:
-        """Flip and crop a whole batch, alike in all processes."""
+    def _augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Flip and crop a whole batch, alike in all processes; labels of pixels move with them."""
         names = self.config.augment
         if not names:
-            return images
-        return augment(images, self.augmentation, flip="flip" in names, pad=4 if "crop" in names else 0)
+            return images, labels
+        masks = labels.ndim > 1
+        moved = torch.cat([images, labels.unsqueeze(1).to(images.dtype)], 1) if masks else images
+        moved = augment(moved, self.augmentation, flip="flip" in names, pad=4 if "crop" in names else 0)
+        return (moved[:, :-1], moved[:, -1].to(labels.dtype)) if masks else (moved, labels)
 
     def measure(self) -> tuple[EpochRecord, str | None]:
         """Evaluate the network; return the record, and the reason if its outputs show that the run has diverged."""
@@ -196,7 +199,7 @@ class Run:
         return record, None if finite and also_finite else f"outputs were not finite after step {self.step}"
 
     def _error(self, split: Split) -> tuple[float, bool]:
-        """Return the fraction of a split that is misclassified, and whether all outputs are finite."""
+        """Return the fraction of a split's labels that are missed, and whether all outputs are finite."""
         share = split[self.fabric.global_rank :: self.fabric.world_size]
         counts = torch.zeros(2, device=self.fabric.device)
         size = _EVALUATION_BATCH_CPU if self.fabric.device.type == "cpu" else _EVALUATION_BATCH
@@ -204,7 +207,7 @@ class Run:
             logits = self._logits(self.model, images)
             counts += torch.stack([(logits.argmax(1) != labels).sum(), (~logits.isfinite()).sum()])
         wrong, broken = self.fabric.strategy.all_reduce(counts, reduce_op="sum").tolist()
-        return wrong / len(split), broken == 0
+        return wrong / split.labels.numel(), broken == 0
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, in plain containers; all processes must call this."""
