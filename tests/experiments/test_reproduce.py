@@ -148,3 +148,8 @@ def test_a_page_leaves_out_what_there_is_not():
     assert "| a\\|b |" in page
     both = dataclasses.replace(empty, agrees=["Yes."], contradicts=["No."])
     assert "## As in the paper\n\n- Yes.\n\n## Not as in the paper\n\n- No." in markdown(both, "command", "x")
+
+
+def test_a_table_has_a_text_under_every_heading():
+    with pytest.raises(ValueError, match=r"rows of \[2, 1\] texts under 2 headings"):
+        Table(("a", "b"), [("1", "2"), ("1",)])

@@ -3,6 +3,7 @@
 from normprop.nn.conv import Conv1d, Conv2d, Conv3d
 from normprop.nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from normprop.nn.data_norm import DataNorm
+from normprop.nn.initial import init_by_depth_
 from normprop.nn.layer import NormPropLayer
 from normprop.nn.linear import Linear
 from normprop.nn.lstm import LSTM
@@ -42,5 +43,6 @@ __all__ = [
     "PredictedLinear",
     "PredictedNorm",
     "Residual",
+    "init_by_depth_",
     "output_moments",
 ]

@@ -1,5 +1,6 @@
 """``normprop`` and ``normprop-paper``: Normalization Propagation in our recipe and as printed.
 
+Ours starts a network with biases and branch gains by its depth (:mod:`normprop.nn.initial`); the paper's with biases 0.
 No statistics of activations: train and eval are the same function, and a sample's output depends on that sample alone.
 
 Use it when batches are small, statistics cannot be shared or per-sample gradients are needed.
@@ -34,6 +35,12 @@ def head(recipe: Recipe, dims: int, *args: Any, **kwargs: Any) -> nn.Module:
 
 _SOURCE = "Arpit et al. 2016, Normalization Propagation"
 METHODS = {
-    "normprop": Method(f"ours, after {_SOURCE}", partial(block, DEFAULT), partial(head, DEFAULT), np_nn.Residual),
+    "normprop": Method(
+        f"ours, after {_SOURCE}",
+        partial(block, DEFAULT),
+        partial(head, DEFAULT),
+        np_nn.Residual,
+        finish=np_nn.init_by_depth_,
+    ),
     "normprop-paper": Method(_SOURCE, partial(block, PAPER), partial(head, PAPER), np_nn.Residual),
 }

@@ -38,7 +38,7 @@ class Method:
     head: Constructor
     residual: Constructor
     layer: Constructor | None = None
-    finish: Callable[[nn.Module], None] | None = None
+    finish: Callable[[nn.Module], object] | None = None
     cannot: tuple[str, ...] = ()
 
 

@@ -76,7 +76,6 @@ def run(context: Context) -> Reproduction:
                 "less that of decay",
                 "training loss",
                 "effective step",
-                "printed",
             ),
             [_row(arm, curves, errors) for arm in ARMS],
         ),

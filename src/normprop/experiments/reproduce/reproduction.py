@@ -16,10 +16,17 @@ class Table:
     Args:
         head: headings.
         rows: texts, as many to a row as there are headings.
+
+    Raises:
+        ValueError: if a row is longer or shorter.
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.head) for row in self.rows):
+            raise ValueError(f"rows of {[len(row) for row in self.rows]} texts under {len(self.head)} headings")
 
 
 @dataclass(frozen=True)
