@@ -65,7 +65,7 @@ def run(context: Context) -> Reproduction:
         paper="Bjorck, Gomes, Selman & Weinberger 2018",
         scale=context.scale,
         protocol=f"{shared.model} at width {shared.width:g}, CIFAR-10 with flips and crops"
-        + ("" if shared.train is None else ", the first 5,000 training and 2,000 test images")
+        + ("" if shared.train is None else f", the first {shared.train:,} training and {shared.test:,} test images")
         + f", {shared.training.epochs} epochs, batch size {BATCH_SIZE}, SGD with momentum 0.9 and weight decay 5e-4, "
         f"rates warmed up over a tenth of the steps and then falling to 0 in a line, {len(seeds)} seeds.",
         differs_from_paper="The paper trains 110 layers on 50,000 images and divides the rate by ten at half and three "

@@ -38,7 +38,7 @@ def described(settings: Settings) -> str:
     """Say what is trained."""
     training = settings.training
     width = "" if settings.width == 1 else f" at {settings.width:g} of its width"
-    images = "all" if settings.train is None else f"the first {settings.train - (settings.validation or 0):,}"
+    images = "all" if settings.train is None else f"the first {settings.train:,}"
     tests = "all" if settings.test is None else f"the first {settings.test:,}"
     return (
         f"The paper's NIN{width}, {images} training and {tests} test images of {settings.data}, {training.epochs} "

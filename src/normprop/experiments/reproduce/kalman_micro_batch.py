@@ -168,7 +168,7 @@ def _protocol(settings: Settings, seeds: int) -> str:
     network = "Residual networks of 32 layers (statistics of 2 images) and 110 (of 128)"
     if settings.model.endswith("small"):
         network = "A residual network of 8 layers at half its width"
-    images = f"{settings.train - (settings.validation or 0):,}" if settings.train else "45,000"
+    images = f"{settings.train:,}" if settings.train else "45,000"
     return (
         f"{network}, {images} training and {settings.test or 10_000:,} test images of cifar10 with flips and crops, "
         f"{training.epochs} epochs of SGD on batches of {BATCH_SIZE} with momentum {training.momentum:g} and weight "

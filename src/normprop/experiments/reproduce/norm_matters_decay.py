@@ -152,7 +152,7 @@ _SMALLER = (
 
 def _protocol(plan: Plan, seeds: int) -> str:
     width = "" if plan.width == 1 else f" at {plan.width:g} of its width"
-    images = f"{plan.train - plan.train // 10:,}" if plan.train else "45,000"
+    images = f"{plan.train:,}" if plan.train else "45,000"
     return (
         f"The NIN of Arpit et al. 2016 with batch norm{width}, {images} training and {plan.test or 10_000:,} test "
         f"images of {plan.data}, {plan.epochs} epochs of SGD on batches of {plan.batch_size} with momentum "

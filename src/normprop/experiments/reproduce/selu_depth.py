@@ -155,7 +155,7 @@ _SMALLER = (
 
 def _protocol(settings: Settings, rate: float, rates: Sequence[float], seeds: int) -> str:
     small = settings.train is not None
-    images = f"{settings.train - (settings.validation or 0):,}" if settings.train else "nine tenths of the"
+    images = f"{settings.train:,}" if settings.train else "nine tenths of the"
     own = f" (best: the one of {', '.join(f'{r:g}' for r in rates)} with the lowest validation error of the first seed)"
     return (
         f"Fully connected networks of {', '.join(map(str, DEPTHS))} hidden layers of "
