@@ -34,6 +34,19 @@ def settings(context: Context, *, data_norm: str, augment: tuple[str, ...] = (),
     return dataclasses.replace(full, width=0.25, train=11_000, validation=1000, test=2000) if small else full
 
 
+def study(context: Context, settings: Settings) -> str:
+    """Name the study by what is trained, so that figures and tables that train the same share their trials.
+
+    Example:
+        >>> context = Context("small", "sqlite://")
+        >>> study(context, settings(context, data_norm="batch", augment=("flip",)))
+        'normprop-cifar10-batch-flip-10-epochs-small'
+    """
+    training = settings.training
+    parts = (settings.data, training.data_norm, *training.augment, f"{training.epochs}-epochs", context.scale)
+    return "normprop-" + "-".join(parts)
+
+
 def described(settings: Settings) -> str:
     """Say what is trained."""
     training = settings.training

@@ -32,7 +32,7 @@ def run(context: Context) -> Reproduction:
     for data_norm in ("global", "batch"):
         settings = cifar.settings(context, data_norm=data_norm)
         wanted = [Combination(_METHOD, size, rate, seed) for seed in seeds for size, rate in RATES.items()]
-        trained = context.train(f"normprop-fig1-{context.scale}-{data_norm}", settings, wanted)
+        trained = context.train(cifar.study(context, settings), settings, wanted)
         for size in RATES:
             runs[data_norm, size] = [trained[c] for c in wanted if c.batch_size == size]
     final = {key: accuracy(records).get(settings.training.epochs, []) for key, records in runs.items()}

@@ -32,7 +32,7 @@ def run(context: Context) -> Reproduction:
     seeds = context.seed_list(3)
     settings = cifar.settings(context, data_norm="batch")
     wanted = [Combination(method, BATCH_SIZE, RATE, seed) for seed in seeds for method in METHODS]
-    trained = context.train(f"normprop-fig3-{context.scale}", settings, wanted)
+    trained = context.train(cifar.study(context, settings), settings, wanted)
     runs = by_method(trained, METHODS)
     curves = {method: accuracy(records) for method, records in runs.items()}
     epochs = settings.training.epochs

@@ -34,7 +34,7 @@ def run(context: Context) -> Reproduction:
     seeds = context.seed_list(2 if context.scale == "small" else 3)
     settings = cifar.settings(context, data_norm="global")
     cells = [(_METHOD, size) for size in rates]
-    trained = context.tuned(f"normprop-fig4-{context.scale}", settings, cells, rates, seeds)
+    trained = context.tuned(cifar.study(context, settings), settings, cells, rates, seeds)
     runs = {size: trained[_METHOD, size] for size in rates}
     curves = {size: accuracy(records) for size, records in runs.items()}
     epochs = settings.training.epochs

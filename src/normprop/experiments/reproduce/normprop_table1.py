@@ -64,8 +64,7 @@ def run(context: Context) -> Reproduction:
     for row in rows:
         settings = _settings(context, row)
         wanted = [Combination(method, row.batch_size, row.rate, seed) for seed in seeds for method in METHODS]
-        name = f"normprop-table1-{context.scale}-{row.data}{'-flips' if row.flip else ''}"
-        trained = context.train(name, settings, wanted)
+        trained = context.train(cifar.study(context, settings), settings, wanted)
         runs = by_method(trained, METHODS)
         errors[row.name] = {method: _errors(records) for method, records in runs.items()}
         ours = [spread(errors[row.name][method]) for method in METHODS]
