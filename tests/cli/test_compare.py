@@ -152,6 +152,21 @@ def test_ctrl_c_puts_trials_back_and_says_how_to_resume(start, directory):
     assert {record.status for record in study.trials()} == {"waiting"}
 
 
+def test_kill_ends_what_a_script_runs_in_the_background(start, directory):
+    arguments = [*LARGER, "--methods", "none", "--batch-sizes", "1", "--lrs", "0.001", "--seeds", "0"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without job control starts "command &"
+    try:
+        process = start(*arguments, "--epochs", "200", "--workers", "1")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for_running("digits-mlp", directory, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Resume with: normprop " in err.splitlines()[-1]
+    assert {record.status for record in open_study("digits-mlp", directory).trials()} == {"waiting"}
+
+
 def test_killed_worker_costs_the_trial_in_progress_alone(start, here, directory):
     arguments = [*LARGER, "--methods", "none", "--batch-sizes", "1", "--lrs", "0.001", "--seeds", "0,1,2,3"]
     arguments += ["--epochs", "2", "--workers", "1", "--step-time", "0"]

@@ -15,5 +15,5 @@ def main() -> None:
         print(f"normprop: {error}", file=sys.stderr)
         sys.exit(2)
     # A plain `kill` ends a command as Ctrl-C does: workers stopped, trials put back.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where SIGINT is ignored, in a script's background
     sys.exit(run())
