@@ -40,7 +40,14 @@ def test_the_bias_is_the_smallest_with_the_slope(name, function):
 
 def test_activations_with_parameters_and_none_get_no_bias():
     assert offset(None, 1.1) == (0.0, 1.0)
-    assert offset(torch.nn.LeakyReLU(0.5), 1.0)[0] == 0.0
+    rho, chi = offset(torch.nn.PReLU(2, init=0.5), 1.01)
+    assert rho == 0.0
+    assert chi == pytest.approx(slope_by_quadrature(lambda x: torch.where(x > 0, x, 0.5 * x), 0.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("activation", [torch.relu, torch.nn.ReLU(), F.relu])
+def test_the_same_activation_in_another_form_gets_the_same_bias(activation):
+    assert offset(activation, 1.2) == offset("relu", 1.2)
 
 
 @pytest.mark.parametrize("depth", [4, 12, 40])

@@ -25,17 +25,22 @@ SLOPE = 4.0
 _RHOS = [0.05 * step for step in range(61)]
 
 
-@functools.lru_cache
-def _slopes(name: str) -> list[float]:
-    found = [M.of(name, rho, 1.0) for rho in _RHOS]
-    return [float(moments.squared_derivative / moments.var) for moments in found]
+@functools.lru_cache(maxsize=64)
+@torch.no_grad()
+def _slopes(rule: M.Rule) -> list[float]:
+    """Slope of the correlation map at 1 for every bias of _RHOS, or without bias alone if the activation learns."""
+    if rule.learnable:
+        moments = M.of(rule)
+        return [float(torch.as_tensor(moments.squared_derivative / moments.var).mean())]
+    found = M.of(rule, torch.tensor(_RHOS, dtype=torch.float64), 1.0)
+    return torch.as_tensor(found.squared_derivative / found.var).tolist()
 
 
 def offset(activation: Activation, slope: float) -> tuple[float, float]:
     """Find the smallest bias with which an activation's slope is at most a given one.
 
     Args:
-        activation: see :func:`normprop.moments.resolve`; learnable ones, and modules, have no bias.
+        activation: see :func:`normprop.moments.resolve`; one with parameters gets no bias.
         slope: chi, above 1.
 
     Returns:
@@ -53,10 +58,7 @@ def offset(activation: Activation, slope: float) -> tuple[float, float]:
     rule = M.resolve(activation)
     if rule.name == "identity":
         return 0.0, 1.0
-    if not isinstance(activation, str):
-        at_zero = M.of(activation)
-        return 0.0, float(torch.as_tensor(at_zero.squared_derivative / at_zero.var).mean())
-    slopes = _slopes(activation)
+    slopes = _slopes(rule)
     index = next((i for i, chi in enumerate(slopes) if chi <= slope), slopes.index(min(slopes)))
     return _RHOS[index], slopes[index]
 
