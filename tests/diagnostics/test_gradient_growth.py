@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from normprop import models
 from normprop.diagnostics import gradient_growth as G
 from normprop.diagnostics.diagnosis import Subject
 from normprop.errors import ConfigError
+from normprop.experiments.ablations import changed
 from normprop.moments import of
+from normprop.nn.initial import SLOPE
 
 RELU = math.pi / (math.pi - 1)
 
@@ -20,7 +23,8 @@ def chains(norm, activation, batch, *, seeds=1, width=500, depth=24, skip=4):
     found = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        net = models.mlp(width, 10, norm=norm, depth=depth, hidden_features=width, activation=activation)
+        build = partial(models.mlp, width, 10, depth=depth, hidden_features=width, activation=activation)
+        net = changed(build, norm)
         found.append(G.measure(Subject(norm, net, torch.randn(batch, width)), skip=skip))
     return found
 
@@ -56,11 +60,17 @@ def test_batch_norm_before_an_activation(activation, batch, measured, seeds):
 
 @pytest.mark.parametrize(("activation", "j2"), [("relu", 1.46694221), ("tanh", 1.17780723), ("gelu", 1.31884497)])
 def test_normprop_at_gain_1_grows_by_j2(activation, j2):
-    (found,) = chains("normprop", activation, 32, width=800)
+    (found,) = chains("normprop+zero-bias", activation, 32, width=800)
     assert G.normprop_rate(activation) == pytest.approx(j2, abs=1e-7)
     assert found.predicted == pytest.approx(j2, rel=1e-5)
     assert abs(found.rate.value - j2) < 4 * found.rate.error + 0.005
     assert found.rate.error < 0.01
+
+
+def test_normprop_started_by_depth_grows_by_its_share_of_the_slope():
+    (found,) = chains("normprop", "relu", 32, width=800)
+    assert 0.9 * SLOPE < found.predicted**24 <= SLOPE
+    assert abs(found.rate.value - found.predicted) < 4 * found.rate.error + 0.005
 
 
 def test_the_jacobian_factor_keeps_gradients():

@@ -10,12 +10,16 @@ from normprop import norms
 from normprop.diagnostics import power as P
 from normprop.diagnostics.diagnosis import Subject
 from normprop.errors import ConfigError
+from normprop.experiments.ablations import zero_bias
 
 
 def chain(name, depth, width=16):
     build = norms.block(name)
     layers = [build(width if index else 3, width, 3, padding=1) for index in range(depth)]
-    return norms.finish(name, nn.Sequential(*layers)).train()
+    network = norms.finish(name, nn.Sequential(*layers)).train()
+    if name == "normprop":
+        zero_bias(network)  # a bias is a constant that was chosen, not one that depth brings about
+    return network
 
 
 def shares(name, depth, inputs=None):
