@@ -17,6 +17,7 @@ WRONG = {
     "halve_every": [0, 0.5],
     "label_smoothing": [-0.1, 1.0],
     "clip_grad": [0, -1.0, float("inf"), "1"],
+    "clip_unit": [0, -1.0, float("inf"), "1"],
     "augment": [("rotate",), "flip", ["flip"]],
     "data_norm": ["sample", None],
     "seed": [-1, 2**32, 0.0],

@@ -127,6 +127,25 @@ def one_step(build, data, **settings):
     return build(), fit(build, data, config).model
 
 
+@pytest.mark.parametrize("clip_grad", [None, 1e6])
+def test_gradients_clipped_by_unit(blobs, clip_grad):
+    """Each row of the weight moves by at most lr times the clip times its length; the bias is left alone."""
+    settings = {"lr": 0.3, "momentum": 0.0, "clip_grad": clip_grad}
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    before, free = one_step(build, blobs, **settings)
+    _, clipped = one_step(build, blobs, clip_unit=0.1, **settings)
+    weight = before[1].weight
+    step = (free[1].weight - weight).detach()
+    size, largest = step.norm(dim=1), 0.3 * 0.1 * weight.detach().norm(dim=1)
+    assert (size > largest).any()
+    expected = weight + step * (largest / size).clamp_max(1.0).unsqueeze(1)
+    torch.testing.assert_close(clipped[1].weight, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(clipped[1].bias, free[1].bias, rtol=0, atol=0)
+
+
 def test_one_update_against_the_textbook(blobs):
     """Label-smoothed cross entropy from its definition, clipped by hand, decay on the weights alone."""
     before, after = one_step(

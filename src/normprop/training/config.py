@@ -29,6 +29,8 @@ class TrainConfig:
         halve_every: epochs between halvings, for ``"halving"``.
         label_smoothing: share of each target spread evenly over all classes.
         clip_grad: largest global norm of the gradient, or ``None``.
+        clip_unit: largest norm of the gradient of a weight's row (filter), as a multiple of the row's own norm, or
+            ``None`` (:func:`normprop.training.adaptive_clip.adaptive_gradient_clip_`).
         augment: any of ``"flip"`` (left-right) and ``"crop"`` (pad 4, crop at random).
         data_norm: input normalisation per element: ``"global"``, ``"batch"`` or ``"none"``.
         seed: of the initial weights, the data order and the augmentation.
@@ -58,6 +60,7 @@ class TrainConfig:
     halve_every: int = 10
     label_smoothing: float = 0.0
     clip_grad: float | None = None
+    clip_unit: float | None = None
     augment: tuple[str, ...] = ()
     data_norm: str = "global"
     seed: int = 0
@@ -133,6 +136,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "halve_every": (_whole(1), "a whole number of at least 1"),
     "label_smoothing": (_real(0, 1), "a fraction from 0 to below 1"),
     "clip_grad": (lambda value: value is None or _positive(value), "a finite number above 0, or None"),
+    "clip_unit": (lambda value: value is None or _positive(value), "a finite number above 0, or None"),
     "augment": (
         lambda value: isinstance(value, tuple) and all(name in AUGMENTATIONS for name in value),
         "a tuple of names out of " + ", ".join(AUGMENTATIONS),

@@ -13,6 +13,7 @@ from normprop.data import Dataset, Split, augment, batches
 from normprop.errors import requires
 from normprop.nn import DataNorm
 from normprop.training import random_state, schedules, statistics
+from normprop.training.adaptive_clip import adaptive_gradient_clip_
 from normprop.training.config import TrainConfig
 from normprop.training.divergence import LossWatch
 from normprop.training.groups import parameter_groups
@@ -135,9 +136,7 @@ class Run:
                 group["lr"] = lr
             loss = self._loss(images, labels)
             fabric.backward(loss)
-            if config.clip_grad is not None:
-                # A gradient that is not finite is the business of the GradScaler and of the divergence test.
-                fabric.clip_gradients(self.model, optimizer, max_norm=config.clip_grad, error_if_nonfinite=False)
+            self._clip()
             fabric.strategy.optimizer_step(optimizer)
             for parameter in self.parameters:  # optimizer.zero_grad(set_to_none=True) without its 15 us of bookkeeping
                 parameter.grad = None
@@ -146,6 +145,16 @@ class Run:
                 return reason
         self.epoch += 1
         return watch.read()
+
+    def _clip(self) -> None:
+        """Clip the gradients; one that is not finite is the business of the GradScaler and of the divergence test."""
+        config, fabric = self.config, self.fabric
+        if config.clip_grad is not None:  # takes off the GradScaler's factor, which may be done once only
+            fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip_grad, error_if_nonfinite=False)
+        elif config.clip_unit is not None:
+            fabric.strategy.precision.unscale_gradients(self.optimizer)
+        if config.clip_unit is not None:
+            adaptive_gradient_clip_([weight for weight in self.parameters if weight.ndim >= 2], config.clip_unit)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of this process's share of a batch, scaled so that the mean over processes is the batch's."""
