@@ -55,8 +55,8 @@ class Conv1d(_ConvLayer, nn.Conv1d):
 
     .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
 
-    Args: those of :class:`torch.nn.Conv1d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
-        :class:`normprop.nn.Linear`, per filter.
+    Args: those of :class:`torch.nn.Conv1d`, then ``activation``, ``center``, ``moments``, ``gain`` and
+        ``orthogonal`` as in :class:`normprop.nn.Linear`, per filter.
 
     Shape:
         (N, in_channels, L) or without N, to the same with out_channels.
@@ -81,8 +81,8 @@ class Conv2d(_ConvLayer, nn.Conv2d):
 
     .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
 
-    Args: those of :class:`torch.nn.Conv2d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
-        :class:`normprop.nn.Linear`, per filter.
+    Args: those of :class:`torch.nn.Conv2d`, then ``activation``, ``center``, ``moments``, ``gain`` and
+        ``orthogonal`` as in :class:`normprop.nn.Linear`, per filter.
 
     Shape:
         (N, in_channels, H, W) or without N, to the same with out_channels.
@@ -107,8 +107,8 @@ class Conv3d(_ConvLayer, nn.Conv3d):
 
     .. math:: o_i = (f(g_i \, W_i * x / \|W_i\| + b_i) - c_2) / c_1
 
-    Args: those of :class:`torch.nn.Conv3d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
-        :class:`normprop.nn.Linear`, per filter.
+    Args: those of :class:`torch.nn.Conv3d`, then ``activation``, ``center``, ``moments``, ``gain`` and
+        ``orthogonal`` as in :class:`normprop.nn.Linear`, per filter.
 
     Shape:
         (N, in_channels, D, H, W) or without N, to the same with out_channels.

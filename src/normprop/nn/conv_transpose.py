@@ -31,8 +31,8 @@ class _TransposedLayer(NormPropLayer):
 class ConvTranspose1d(_TransposedLayer, nn.ConvTranspose1d):
     r"""One-dimensional transposed convolution with Normalization Propagation.
 
-    Args: those of :class:`torch.nn.ConvTranspose1d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
-        :class:`normprop.nn.Linear`, per filter.
+    Args: those of :class:`torch.nn.ConvTranspose1d`, then ``activation``, ``center``, ``moments``, ``gain`` and
+        ``orthogonal`` as in :class:`normprop.nn.Linear`, per filter.
 
     Shape:
         (N, in_channels, L) or without N, to the same with out_channels and torch's output size.
@@ -56,8 +56,8 @@ class ConvTranspose1d(_TransposedLayer, nn.ConvTranspose1d):
 class ConvTranspose2d(_TransposedLayer, nn.ConvTranspose2d):
     r"""Two-dimensional transposed convolution with Normalization Propagation.
 
-    Args: those of :class:`torch.nn.ConvTranspose2d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
-        :class:`normprop.nn.Linear`, per filter.
+    Args: those of :class:`torch.nn.ConvTranspose2d`, then ``activation``, ``center``, ``moments``, ``gain`` and
+        ``orthogonal`` as in :class:`normprop.nn.Linear`, per filter.
 
     Shape:
         (N, in_channels, H, W) or without N, to the same with out_channels and torch's output size.
@@ -81,8 +81,8 @@ class ConvTranspose2d(_TransposedLayer, nn.ConvTranspose2d):
 class ConvTranspose3d(_TransposedLayer, nn.ConvTranspose3d):
     r"""Three-dimensional transposed convolution with Normalization Propagation.
 
-    Args: those of :class:`torch.nn.ConvTranspose3d`, then ``activation``, ``center``, ``moments`` and ``gain`` as in
-        :class:`normprop.nn.Linear`, per filter.
+    Args: those of :class:`torch.nn.ConvTranspose3d`, then ``activation``, ``center``, ``moments``, ``gain`` and
+        ``orthogonal`` as in :class:`normprop.nn.Linear`, per filter.
 
     Shape:
         (N, in_channels, D, H, W) or without N, to the same with out_channels and torch's output size.

@@ -31,6 +31,7 @@ from normprop.fused import at_least_float32, filter_statistics, filters, rescale
 from normprop.fused_layer import available, layer
 from normprop.moments import Activation, Moments
 from normprop.nn.known import Known, know
+from normprop.orthogonal import orthogonalize_
 from normprop.prepared import (
     Constants,
     Convolution,
@@ -75,6 +76,7 @@ class NormPropLayer(nn.Module):
         center: bool = True,
         moments: MomentKind = "live",
         gain: Gain = 1.0,
+        orthogonal: bool = True,
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
@@ -85,6 +87,7 @@ class NormPropLayer(nn.Module):
         super().__init__(*args, **kwargs)
         self.activation = activation
         self.center = center
+        self.orthogonal = orthogonal
         self.moments: MomentKind = moments
         rows = filters(self.weight, self.groups, self._transposed)
         if center and rows.shape[1] * rows.shape[3] == 1:
@@ -281,6 +284,10 @@ class NormPropLayer(nn.Module):
         rows = filters(at_least_float32(self.weight), self.groups, self._transposed)
         mean, inverse = filter_statistics(rows, self.center)
         self.weight.copy_(rescale(rows, mean, inverse, self.center).reshape(self.weight.shape))
+
+    def orthogonalize_weight_(self) -> None:
+        """Take one step towards filters at right angles: see :func:`normprop.orthogonal.orthogonalize_`."""
+        orthogonalize_(self.weight, center=self.center, groups=self.groups, transposed=self._transposed)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Fill the gain from a plain layer's weight, so that the linear map stays what it was."""

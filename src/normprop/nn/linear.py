@@ -18,6 +18,9 @@ class Linear(NormPropLayer, nn.Linear):
         moments: ``"live"``: c2, c1 are mean and standard deviation of f(N(b_i, g_i^2)), per unit and in the graph;
             ``"fixed"``: those of f(N(0, 1)), one number each for the layer, as in the paper.
         gain: initial gain g, a number or ``"jacobian"`` for c1 / sqrt(E[f'^2]), which keeps gradients' size.
+        orthogonal: whether the constraint of training (:func:`normprop.training.unit_norm.constrain`) draws the filters
+            towards right angles, if there is an activation; the layer's own function does not depend on it. ``False``
+            to keep trained filters.
 
     Shape:
         (..., in_features) to (..., out_features).

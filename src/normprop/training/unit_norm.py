@@ -1,5 +1,9 @@
-"""The unit-norm constraint: after each update every filter of a NormProp layer goes back to length 1."""
+"""The unit-norm constraint: after each update every filter of a NormProp layer goes back to length 1.
 
+Every few updates it also draws the filters of a layer towards right angles, where the layer asks for it.
+"""
+
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -14,6 +18,12 @@ from normprop.nn import NormPropLayer
 from normprop.nn.known import constants_together
 from normprop.prepared import Filters, as_rows, normalize_rows_, unit_filters
 
+EVERY = 8
+"""Updates for each step towards orthogonal filters, for each :data:`EACH` filters or part of them that a layer has."""
+
+EACH = 128
+"""The product of n filters with each other costs n multiplications a weight, which this keeps to a few an update."""
+
 
 def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     r"""Keep the filters of NormProp layers at unit length: :math:`W_i \leftarrow W_i / \|W_i\|` after each step.
@@ -23,6 +33,10 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     applied once here and then after every ``optimizer.step()``, to the layers of ``model`` whose weight this optimiser
     updates; a step that a ``GradScaler`` skips and a weight without gradient are left alone. Gradients and the
     optimiser's state are not touched. A model without NormProp layers is left as it is.
+
+    After every :data:`EVERY`-th step (more rarely in wide layers) filters of layers with ``orthogonal=True`` and an activation take one step of
+    :func:`normprop.orthogonal.orthogonalize_` as well, which does change outputs. The steps are counted in the
+    optimiser's first parameter group, ``"constrained_steps"``, so that its saved state goes on where it was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
@@ -35,7 +49,7 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         A handle; ``handle.remove()`` ends the constraint.
 
     Source:
-        Arpit et al. 2016, section 3.3.
+        Arpit et al. 2016, section 3.3; orthogonality: ours.
 
     Example:
         >>> import torch
@@ -60,6 +74,9 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         if found_inf is not None and bool(found_inf):
             return
         moved = tuple(layer for layer in layers if layer.weight.grad is not None)
+        first = optimizer.param_groups[0]
+        first["constrained_steps"] = first.get("constrained_steps", 0) + 1
+        _draw_apart(moved, first["constrained_steps"])
         if moved not in groups:  # the same layers at almost every step
             groups.clear()
             groups[moved] = _grouped(moved)
@@ -67,6 +84,17 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
             group.normalize()
 
     return optimizer.register_step_post_hook(after_step)
+
+
+def _draw_apart(layers: Iterable[NormPropLayer], step: int) -> None:
+    """Take the steps towards orthogonal filters that are due, in layers with an activation; one for a shared weight.
+
+    Filters without one end a branch, make queries and keys or tell classes apart: they may be alike.
+    """
+    asked = (layer for layer in layers if layer.orthogonal and M.resolve(layer.activation).name != "identity")
+    for layer in {id(layer.weight): layer for layer in asked}.values():
+        if step % (EVERY * math.ceil(len(layer.gain) / EACH)) == 0:
+            layer.orthogonalize_weight_()
 
 
 @torch.no_grad()
