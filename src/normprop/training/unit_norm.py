@@ -34,9 +34,10 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     updates; a step that a ``GradScaler`` skips and a weight without gradient are left alone. Gradients and the
     optimiser's state are not touched. A model without NormProp layers is left as it is.
 
-    After every :data:`EVERY`-th step (more rarely in wide layers) filters of layers with ``orthogonal=True`` and an activation take one step of
-    :func:`normprop.orthogonal.orthogonalize_` as well, which does change outputs. The steps are counted in the
-    optimiser's first parameter group, ``"constrained_steps"``, so that its saved state goes on where it was.
+    After every :data:`EVERY`-th step (more rarely in wide layers) filters of layers with ``orthogonal=True`` and an
+    activation take one step of :func:`normprop.orthogonal.orthogonalize_` as well, which does change outputs. The steps
+    are counted in the optimiser's first parameter group, ``"constrained_steps"``, so that its saved state goes on where
+    it was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
