@@ -40,6 +40,12 @@ def test_changes_of_the_start():
     assert float(flat[0][0]) > float(ours[0][0]) > float(steep[0][0])
 
 
+def test_filters_of_any_angle():
+    for norm, asked in (("normprop", True), ("normprop+any-angle", False)):
+        layers = [layer for layer in network(norm).modules() if isinstance(layer, NormPropLayer)]
+        assert {layer.orthogonal for layer in layers} == {asked}
+
+
 @pytest.mark.parametrize("change", ["stochastic-depth-0.5", "noise-0.3"])
 def test_noise_is_in_training_alone_and_each_samples_own(change):
     plain, noisy = network("normprop"), network(f"normprop+{change}")

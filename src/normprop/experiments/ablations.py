@@ -25,6 +25,12 @@ def zero_bias(network: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def any_angle(network: nn.Module) -> None:
+    """Filters of length 1 that nothing draws towards right angles."""
+    for layer in _layers(network):
+        layer.orthogonal = False
+
+
 def slope(value: float, network: nn.Module) -> None:
     """Another slope of the whole network's correlation map."""
     zero_bias(network)
@@ -76,6 +82,7 @@ def _one_each(output: Tensor, channels: int) -> tuple[int, ...]:
 
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "zero-bias": zero_bias,
+    "any-angle": any_angle,
     "slope-2": partial(slope, 2.0),
     "slope-8": partial(slope, 8.0),
     "branch-gain-0.25": partial(branch_gain, 0.25),
