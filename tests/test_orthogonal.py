@@ -6,7 +6,7 @@ from normprop import norms, recipes
 from normprop.nn import Conv2d, ConvTranspose2d, Linear, NormPropLayer
 from normprop.orthogonal import orthogonalize_
 from normprop.training import constrain
-from normprop.training.unit_norm import EACH, EVERY
+from normprop.training.unit_norm import EACH, EVERY, FAR
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -164,3 +164,16 @@ def test_wide_layers_take_their_turn_more_rarely():
     assert coherence(network[1]) == pytest.approx(before[1], abs=1e-3)
     train(network, optimizer, EVERY)
     assert coherence(network[1]) < 0.95 * before[1]
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(1e-6, 2), (FAR / EVERY, 2), (4 * FAR / EVERY, 8), (FAR, 16), (10.0, 16)])
+def test_the_higher_the_rate_the_more_often(lr, steps, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Conv2d, "orthogonalize_weight_", taken.append)
+    network = torch.nn.Sequential(Conv2d(3, 8, 3, activation="relu"))
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    constrain(optimizer, network)
+    network[0].weight.grad = torch.zeros_like(network[0].weight)
+    for _ in range(16):
+        optimizer.step()
+    assert len(taken) == steps

@@ -64,6 +64,8 @@ def test_holds_after_every_step_of_any_optimiser(make):
 def test_equals_a_step_followed_by_a_projection_and_touches_nothing_else():
     """The reference applies textbook SGD with momentum, then divides NormProp filters by their length."""
     model = network()
+    for layer in (model[0], model[2], model[4]):
+        layer.orthogonal = False
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     constrain(optimizer, model)
     reference = copy.deepcopy(model)

@@ -19,10 +19,13 @@ from normprop.nn.known import constants_together
 from normprop.prepared import Filters, as_rows, normalize_rows_, unit_filters
 
 EVERY = 8
-"""Updates for each step towards orthogonal filters, for each :data:`EACH` filters or part of them that a layer has."""
+"""A step towards orthogonal filters follows this many updates at the latest,"""
+
+FAR = 0.16
+"""or when the learning rates since the last one sum to this: filters turn further in an update at a higher rate."""
 
 EACH = 128
-"""The product of n filters with each other costs n multiplications a weight, which this keeps to a few an update."""
+"""Layers wait that many times longer as they have this many filters, each of which is multiplied by all others."""
 
 
 def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
@@ -34,10 +37,10 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     updates; a step that a ``GradScaler`` skips and a weight without gradient are left alone. Gradients and the
     optimiser's state are not touched. A model without NormProp layers is left as it is.
 
-    After every :data:`EVERY`-th step (more rarely in wide layers) filters of layers with ``orthogonal=True`` and an
-    activation take one step of :func:`normprop.orthogonal.orthogonalize_` as well, which does change outputs. The steps
-    are counted in the optimiser's first parameter group, ``"constrained_steps"``, so that its saved state goes on where
-    it was.
+    Every few updates, the more often the higher the rate, filters of layers with ``orthogonal=True`` and an activation
+    take one step of :func:`normprop.orthogonal.orthogonalize_` as well, which does change outputs. How far it is to the
+    next one stands in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it
+    was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
@@ -76,8 +79,9 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
             return
         moved = tuple(layer for layer in layers if layer.weight.grad is not None)
         first = optimizer.param_groups[0]
-        first["constrained_steps"] = first.get("constrained_steps", 0) + 1
-        _draw_apart(moved, first["constrained_steps"])
+        before = first.get("turned", 0.0)
+        first["turned"] = before + min(1.0, max(1 / EVERY, float(first["lr"]) / FAR))
+        _draw_apart(moved, before, first["turned"])
         if moved not in groups:  # the same layers at almost every step
             groups.clear()
             groups[moved] = _grouped(moved)
@@ -87,14 +91,15 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     return optimizer.register_step_post_hook(after_step)
 
 
-def _draw_apart(layers: Iterable[NormPropLayer], step: int) -> None:
+def _draw_apart(layers: Iterable[NormPropLayer], before: float, now: float) -> None:
     """Take the steps towards orthogonal filters that are due, in layers with an activation; one for a shared weight.
 
     Filters without one end a branch, make queries and keys or tell classes apart: they may be alike.
     """
     asked = (layer for layer in layers if layer.orthogonal and M.resolve(layer.activation).name != "identity")
     for layer in {id(layer.weight): layer for layer in asked}.values():
-        if step % (EVERY * math.ceil(len(layer.gain) / EACH)) == 0:
+        wait = math.ceil(len(layer.gain) / EACH)
+        if now // wait > before // wait:
             layer.orthogonalize_weight_()
 
 
