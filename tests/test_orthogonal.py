@@ -169,7 +169,7 @@ def test_wide_layers_take_their_turn_more_rarely():
 @pytest.mark.parametrize(("lr", "steps"), [(1e-6, 2), (FAR / EVERY, 2), (4 * FAR / EVERY, 8), (FAR, 16), (10.0, 16)])
 def test_the_higher_the_rate_the_more_often(lr, steps, monkeypatch):
     taken = []
-    monkeypatch.setattr(Conv2d, "orthogonalize_weight_", taken.append)
+    monkeypatch.setattr(Conv2d, "orthogonalize_weight_", lambda layer: taken.append(layer))
     network = torch.nn.Sequential(Conv2d(3, 8, 3, activation="relu"))
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     constrain(optimizer, network)
