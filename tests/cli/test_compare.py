@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from normprop.errors import ConfigError
+from normprop.experiments.compare import Progress, train
 from normprop.experiments.grid import Combination
 from normprop.experiments.settings import Settings
 from normprop.experiments.study import Study
 from normprop.experiments.worker import run_trial
+from normprop.training.config import TrainConfig
 
 LARGER = ["compare", "--data", "digits", "--model", "mlp", "--width", "0.125", "--train", "1000", "--test", "50"]
 
@@ -183,6 +185,27 @@ def test_killed_worker_costs_the_trial_in_progress_alone(start, here, directory)
     result = here(*arguments)
     assert result.returncode == 0, result.err
     assert [record.status for record in open_study("digits-mlp", directory).trials()] == ["complete"] * 4
+
+
+def test_trials_that_another_process_adds_at_the_very_end_are_trained_too(directory):
+    training = TrainConfig(epochs=1, accelerator="cpu")
+    settings = Settings(model="mlp", width=0.125, train=64, test=50, training=training)
+    storage, first, second = (
+        f"sqlite:///{directory}/study.db",
+        *(Combination("none", 16, 0.02, seed) for seed in (0, 1)),
+    )
+    added = []
+
+    def progress(_: Progress) -> None:
+        study = Study(storage, "s")
+        if not added and study.unfinished() == 0:
+            added.append(study.enrol([second]))
+
+    study = train(settings, [first], storage=storage, name="s", workers=1, progress=progress)
+    assert added == [1]
+    assert {record.combination: record.status for record in study.trials()} == dict.fromkeys(
+        [first, second], "complete"
+    )
 
 
 def test_workers_end_with_their_parent(start, directory):

@@ -148,7 +148,8 @@ def train(
         if progress is not None:
             progress(Progress(study.trials(), time.monotonic() - start, workers))
 
-    _train(study, settings, workers, report)
+    while study.unfinished():  # again, where another process added trials when the workers had just ended
+        _train(study, settings, workers, report)
     return study
 
 
@@ -199,8 +200,6 @@ def _best_lrs(study: Study) -> dict[tuple[str, int], float]:
 
 def _train(study: Study, settings: Settings, count: int, report: Callable[[], None]) -> None:
     """Run worker processes until no trial of the study is left."""
-    if not study.unfinished():
-        return
     context = multiprocessing.get_context("spawn")
     failures: Any = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // count)
@@ -216,6 +215,7 @@ def _train(study: Study, settings: Settings, count: int, report: Callable[[], No
                 workers[name] = context.Process(target=process, args=arguments)
                 workers[name].start()
         alive = dict(workers)
+        killed: list[int] = []
         while alive and study.unfinished():
             report()
             time.sleep(_POLL_SECONDS)
@@ -225,13 +225,15 @@ def _train(study: Study, settings: Settings, count: int, report: Callable[[], No
                 if not worker.is_alive():
                     del alive[name]
                     study.release(name)
-                    if worker.exitcode is not None and worker.exitcode > 0:
+                    if worker.exitcode is not None and worker.exitcode < 0:
+                        killed.append(-worker.exitcode)
+                    elif worker.exitcode:
                         raise WorkerError("a worker failed: its error is printed above; what it trained so far is kept")
         report()
     finally:
         _stop(study, workers)
-    if study.unfinished():
-        signals = ", ".join(str(-worker.exitcode) for worker in workers.values() if worker.exitcode)
+    if len(killed) == count and study.unfinished():
+        signals = ", ".join(str(number) for number in killed)
         raise WorkerError(
             f"all workers were killed (signal {signals}), perhaps for want of memory; {study.unfinished()} trials are "
             "left: run the same command again to go on, perhaps with fewer workers"

@@ -95,6 +95,7 @@ def process(study: tuple[str, str, int], settings: Settings, worker: str, thread
         threads: threads for torch.
         failures: queue that takes an error raised on purpose; any other leaves its traceback and exit code 1.
     """
+    stopped = False
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_follow_parent, daemon=True).start()
     silence()
@@ -103,11 +104,13 @@ def process(study: tuple[str, str, int], settings: Settings, worker: str, thread
     try:
         work(Study(storage, name, lease=lease), settings, settings.load(), worker)
     except KeyboardInterrupt:
-        pass
+        stopped = True
     except NormPropError as error:
         failures.put(error)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is in hand any more: leave without a traceback
+    if stopped:
+        os.kill(os.getpid(), signal.SIGTERM)  # so that it counts as killed
 
 
 def _stop(signum: int, frame: object) -> None:
