@@ -44,7 +44,7 @@ def test_recipes_and_initial_gain():
 def test_signature_shows_torchs_arguments_and_ours():
     names = list(inspect.signature(nn.Conv2d).parameters)
     assert names[:3] == ["in_channels", "out_channels", "kernel_size"]
-    assert names[-4:] == ["activation", "center", "moments", "gain"]
+    assert names[-5:] == ["activation", "center", "moments", "gain", "orthogonal"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nn.Conv2d(3, 2, 3, 1, 1, activation="relu")
