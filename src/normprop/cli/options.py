@@ -55,7 +55,9 @@ def _settings(
     halve_every: Annotated[int, _training("Epochs between halvings.")] = 10,
     label_smoothing: Annotated[float, _training("Share of each target spread over all classes.")] = 0.0,
     clip_grad: Annotated[float | None, _training("Largest norm of the gradient.")] = None,
-    clip_unit: Annotated[float | None, _training("Largest norm of a filter's gradient, of the filter's own.")] = None,
+    clip_unit: Annotated[
+        float | None, _training("Largest norm of a filter's gradient, relative to the filter.")
+    ] = None,
     unit_norm: Annotated[bool, _training("Keep the filters of NormProp layers at unit norm.")] = True,
     precision: Annotated[str, _training("32-true, bf16-mixed, 16-mixed, ...")] = "32-true",
     accelerator: Annotated[str, _training("auto, cpu, gpu, cuda or mps.")] = "auto",

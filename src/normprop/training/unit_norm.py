@@ -81,7 +81,8 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         first = optimizer.param_groups[0]
         before = first.get("turned", 0.0)
         first["turned"] = before + min(1.0, max(1 / EVERY, float(first["lr"]) / FAR))
-        _draw_apart(moved, before, first["turned"])
+        if (turn := int(first["turned"])) > int(before):
+            _draw_apart(moved, turn)
         if moved not in groups:  # the same layers at almost every step
             groups.clear()
             groups[moved] = _grouped(moved)
@@ -91,15 +92,14 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     return optimizer.register_step_post_hook(after_step)
 
 
-def _draw_apart(layers: Iterable[NormPropLayer], before: float, now: float) -> None:
-    """Take the steps towards orthogonal filters that are due, in layers with an activation; one for a shared weight.
+def _draw_apart(layers: Iterable[NormPropLayer], turn: int) -> None:
+    """Take the steps towards orthogonal filters of a turn, in layers with an activation; one for a shared weight.
 
     Filters without one end a branch, make queries and keys or tell classes apart: they may be alike.
     """
     asked = (layer for layer in layers if layer.orthogonal and M.resolve(layer.activation).name != "identity")
     for layer in {id(layer.weight): layer for layer in asked}.values():
-        wait = math.ceil(len(layer.gain) / EACH)
-        if now // wait > before // wait:
+        if turn % math.ceil(len(layer.gain) / EACH) == 0:
             layer.orthogonalize_weight_()
 
 
