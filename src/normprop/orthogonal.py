@@ -9,7 +9,8 @@ bound of the paper's proposition 1 is that of the filters' coherence.
 import torch
 from torch import Tensor
 
-from normprop.fused import at_least_float32, filters
+from normprop.fused import at_least_float32
+from normprop.moments.linear import as_rows
 
 
 @torch.no_grad()
@@ -41,16 +42,13 @@ def orthogonalize_(weight: Tensor, *, center: bool = False, groups: int = 1, tra
         >>> torch.allclose(weight @ weight.T, torch.eye(2), atol=1e-3)
         True
     """
-    if transposed:
-        view = filters(weight, groups, transposed=True).permute(0, 2, 1, 3)
-    else:
-        view = weight.reshape(groups, weight.shape[0] // groups, 1, -1)
-    rows = at_least_float32(view).flatten(2)
+    layout = as_rows(weight, groups) if transposed else weight
+    rows = at_least_float32(layout).reshape(groups, layout.shape[0] // groups, -1)
     count, fan_in = rows.shape[1:]
     redundancy = max(1.0, count / max(1, fan_in - center))
     wide = count <= fan_in
     gram = rows @ rows.mT if wide else rows.mT @ rows
     step = 1 / (1 + gram.abs().sum(2).amax(1).view(-1, 1, 1) / redundancy)
     cubed = gram @ rows if wide else rows @ gram
-    rows = rows * (1 + step) - cubed * (step / redundancy)
-    weight.copy_((rows.view(view.shape).permute(0, 2, 1, 3) if transposed else rows).reshape(weight.shape))
+    moved = (rows * (1 + step) - cubed * (step / redundancy)).reshape(layout.shape)
+    weight.copy_(as_rows(moved, groups) if transposed else moved)  # the change of layout is its own inverse
