@@ -25,6 +25,7 @@ WRONG = {
     "accelerator": ["tpu", None],
     "devices": [0, "auto"],
     "unit_norm": [1, None],
+    "channels_last": [1, None],
 }
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from normprop.data import Dataset, Split
 from normprop.errors import ConfigError
-from normprop.models import mlp
+from normprop.models import mlp, resnet
 from normprop.nn import DataNorm, NormPropLayer
 from normprop.training import TrainConfig
 from normprop.training.loop import fit
@@ -125,6 +125,21 @@ def one_step(build, data, **settings):
     config = TrainConfig(**{**vars(CONFIG), **options, **settings})
     torch.manual_seed(config.seed)
     return build(), fit(build, data, config).model
+
+
+@pytest.mark.parametrize("norm", ["normprop", "batch"])
+def test_channels_last_changes_the_layout_alone(blobs, norm):
+    results = {}
+    for channels_last in (False, True):
+        config = TrainConfig(**{**vars(CONFIG), "precision": "64-true", "channels_last": channels_last})
+        results[channels_last] = fit(lambda: resnet(8, 1, 3, norm=norm, width=0.25), blobs, config)
+        kernels = [p for p in parameters(results[channels_last]) if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        assert kernels
+        for kernel in kernels:
+            assert kernel.is_contiguous() != channels_last
+            assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+    for first, last in zip(*map(parameters, results.values()), strict=True):
+        torch.testing.assert_close(last, first, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("clip_grad", [None, 1e6])

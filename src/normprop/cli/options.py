@@ -62,6 +62,9 @@ def _settings(
     precision: Annotated[str, _training("32-true, bf16-mixed, 16-mixed, ...")] = "32-true",
     accelerator: Annotated[str, _training("auto, cpu, gpu, cuda or mps.")] = "auto",
     devices: Annotated[int, _training("Processes that share each batch.")] = 1,
+    channels_last: Annotated[
+        bool, _training("Lay images out channels last: faster convolutions on most machines.")
+    ] = False,
 ) -> "Settings":
     """Build the settings from the options."""
     from normprop.experiments.settings import Settings
@@ -92,6 +95,7 @@ def _settings(
             accelerator=accelerator,
             devices=devices,
             unit_norm=unit_norm,
+            channels_last=channels_last,
         ),
     )
 

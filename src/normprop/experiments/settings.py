@@ -17,7 +17,7 @@ from normprop.training.config import TrainConfig
 
 # Fields of TrainConfig that differ between trials, and those that belong to a machine: neither identifies a study.
 _PER_TRIAL = ("batch_size", "lr", "seed")
-_PER_MACHINE = ("accelerator", "devices")
+_PER_MACHINE = ("accelerator", "devices", "channels_last")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class TrainConfig:
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``.
         devices: number of training processes.
         unit_norm: whether NormProp weights are kept at unit norm after each update.
+        channels_last: whether images and the weights of two-dimensional convolutions lie channels last in memory, which
+            changes results by rounding alone.
 
     Raises:
         ConfigError: one line for each setting that cannot work.
@@ -68,6 +70,7 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: int = 1
     unit_norm: bool = True
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if problems := list(_problems(self)):
@@ -148,6 +151,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator": _one_of(ACCELERATORS),
     "devices": (_whole(1), "a whole number of at least 1"),
     "unit_norm": (lambda value: isinstance(value, bool), "True or False"),
+    "channels_last": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 

@@ -64,6 +64,8 @@ class Run:
         # step. Its strategy does the rest just as well.
         precision = fabric.strategy.precision
         self.model = fabric.to_device(precision.convert_module(assemble(build, dataset, config)))
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = fabric.strategy.setup_module(self.model)
         self.dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         network = self.model[1] if isinstance(self.model, nn.Sequential) and config.data_norm != "none" else self.model
@@ -173,6 +175,8 @@ class Run:
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """Outputs of the network in at least single precision."""
+        if self.config.channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         with self.fabric.autocast():
             logits: Tensor = network(images.to(self.dtype))
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
