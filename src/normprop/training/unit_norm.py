@@ -1,6 +1,6 @@
 """The unit-norm constraint: after each update every filter of a NormProp layer goes back to length 1.
 
-Every few updates it also draws the filters of a layer towards right angles, where the layer asks for it.
+Where a layer asks for it, no update turns a filter far, and every few updates draw filters towards right angles.
 """
 
 import math
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.optim import SGD, Optimizer
 
 from normprop import moments as M
 from normprop.nn import NormPropLayer
 from normprop.nn.known import constants_together
 from normprop.prepared import Filters, as_rows, normalize_rows_, unit_filters
+from normprop.training.turn import bound_turns_
 
 EVERY = 8
 """A step towards orthogonal filters follows this many updates at the latest,"""
@@ -27,20 +27,36 @@ FAR = 0.16
 EACH = 128
 """Layers wait that many times longer as they have this many filters, each of which is multiplied by all others."""
 
+MAX_TURN = 0.2
+"""Largest angle by which an update turns a filter, as a tangent: of SGD, by gradients that stay as they are."""
 
-def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
+
+class Constraint(NamedTuple):
+    """The constraint on an optimiser's steps, until it is removed."""
+
+    handles: tuple[Any, ...]
+
+    def remove(self) -> None:
+        """End the constraint."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
     r"""Keep the filters of NormProp layers at unit length: :math:`W_i \leftarrow W_i / \|W_i\|` after each step.
 
     A layer's function does not depend on the length of its filters, so this changes no output; it keeps the size of
     the angular step from shrinking as filters grow. Layers with ``center=True`` are centred as well. The constraint is
     applied once here and then after every ``optimizer.step()``, to the layers of ``model`` whose weight this optimiser
-    updates; a step that a ``GradScaler`` skips and a weight without gradient are left alone. Gradients and the
-    optimiser's state are not touched. A model without NormProp layers is left as it is.
+    updates; a step that a ``GradScaler`` skips and a weight without gradient are left alone. A model without NormProp
+    layers is left as it is.
 
-    Every few updates, the more often the higher the rate, filters of layers with ``orthogonal=True`` and an activation
-    take one step of :func:`normprop.orthogonal.orthogonalize_` as well, which does change outputs. How far it is to the
-    next one stands in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it
-    was.
+    Two things are done for layers with ``orthogonal=True`` alone. Before a step of SGD, gradients of filters are
+    shortened (:func:`normprop.training.turn.bound_turns_`) so that, at the present rate and momentum, none turns its
+    filter by more than :data:`MAX_TURN`; at small rates hardly any is that long. Every few updates, the more often the
+    higher the rate, filters that an activation follows take one step of
+    :func:`normprop.orthogonal.orthogonalize_`, which does change outputs. How far it is to the next one stands in the
+    optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
@@ -89,7 +105,22 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         for group in groups[moved]:
             group.normalize()
 
-    return optimizer.register_step_post_hook(after_step)
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # of gradients that a fused optimiser is still to unscale
+        for settings, alike in zip(optimizer.param_groups, bounded, strict=False):
+            if alike and (rate := float(settings["lr"])) > 0:
+                limit = MAX_TURN * (1 - settings["momentum"]) / rate
+                bound_turns_(alike, limit if scale is None else limit * scale)
+
+    handles = [optimizer.register_step_post_hook(after_step)]
+    if isinstance(optimizer, SGD):  # others choose the length of their steps by themselves
+        by_weight = {id(layer.weight): layer for layer in layers if layer.orthogonal}
+        bounded = [
+            [by_weight[id(weight)] for weight in settings["params"] if id(weight) in by_weight]
+            for settings in optimizer.param_groups
+        ]
+        handles.append(optimizer.register_step_pre_hook(before_step))
+    return Constraint(tuple(handles))
 
 
 def _draw_apart(layers: Iterable[NormPropLayer], turn: int) -> None:
