@@ -1,8 +1,11 @@
+import pytest
 import torch
 from torch import nn
 
+from normprop import recipes
 from normprop.nn import Conv2d, Linear
 from normprop.training import parameter_groups
+from normprop.training.groups import GAIN_RATE
 
 
 def names(model: nn.Module, **options) -> tuple[set[str], set[str]]:
@@ -42,6 +45,21 @@ def test_normprop_weights_decay_only_without_the_constraint():
     model = nn.Sequential(Conv2d(3, 4, 3, activation="relu"), nn.Flatten(), Linear(4, 2), nn.Linear(2, 2))
     assert names(model)[0] == {"3.weight"}
     assert names(model, unit_norm=False)[0] == {"0.weight", "2.weight", "3.weight"}
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_gains_and_biases_of_our_layers_learn_faster_where_there_is_a_rate(unit_norm):
+    model = nn.Sequential(
+        Linear(4, 3, activation="relu"), Linear(3, 3, bias=False), Linear(3, 2, **recipes.PAPER), nn.Linear(2, 2)
+    )
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 0.01, unit_norm=unit_norm, lr=0.1)
+    rates = {by_id[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == set(by_id.values())
+    assert {name for name, rate in rates.items() if rate == 0.1 * GAIN_RATE} == {"0.gain", "0.bias", "1.gain"}
+    assert set(rates.values()) == {0.1, 0.1 * GAIN_RATE}
+    assert names(model, unit_norm=unit_norm, lr=0.1) == names(model, unit_norm=unit_norm)
+    assert all("lr" not in group for group in parameter_groups(model, 0.01))
 
 
 def test_shared_parameters_count_once_and_decay_only_if_all_owners_let_them():

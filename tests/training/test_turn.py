@@ -9,7 +9,7 @@ from normprop import recipes
 from normprop.nn import Conv2d, ConvTranspose2d, Linear
 from normprop.training import constrain
 from normprop.training.turn import bound_turns_
-from normprop.training.unit_norm import MAX_TURN
+from normprop.training.unit_norm import MAX_CHANGE
 
 LAYERS = {
     "linear": lambda: Linear(5, 7),
@@ -86,9 +86,9 @@ def test_no_update_turns_a_filter_further(momentum):
     torch.manual_seed(0)
     model = nn.Sequential(Linear(200, 3, center=False))  # no activation: nothing else turns them
     angles = turned(model, torch.optim.SGD(model.parameters(), lr=50.0, momentum=momentum), 5)
-    assert max(angles) <= math.atan(MAX_TURN) * 1.01
+    assert max(angles) <= math.atan(MAX_CHANGE) * 1.01
     reached = 1 - momentum**2 if momentum else 1.0  # the second update's share of the sum of the series
-    assert angles[1] == pytest.approx(math.atan(MAX_TURN * reached), rel=0.05)
+    assert angles[1] == pytest.approx(math.atan(MAX_CHANGE * reached), rel=0.05)
 
 
 def test_each_group_has_the_bound_of_its_own_rate():
@@ -100,8 +100,26 @@ def test_each_group_has_the_bound_of_its_own_rate():
     for layer in model:
         layer.weight.grad = torch.full_like(layer.weight, 100.0)
     optimizer.step()
-    for layer, limit in zip(model, (MAX_TURN / 10, MAX_TURN / 2), strict=True):
+    for layer, limit in zip(model, (MAX_CHANGE / 10, MAX_CHANGE / 2), strict=True):
         torch.testing.assert_close(layer.weight.grad.norm(dim=1), torch.full((4,), limit))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_no_update_changes_a_gain_or_a_bias_further(momentum):
+    torch.manual_seed(0)
+    model = Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0, momentum=momentum)
+    constrain(optimizer, model)
+    for _ in range(40):
+        before = [model.gain.detach().clone(), model.bias.detach().clone()]
+        model.weight.grad = torch.zeros_like(model.weight)
+        model.gain.grad, model.bias.grad = torch.tensor([[100.0, -100.0, 0.001], [0.0, 0.002, -100.0]]).unbind()
+        optimizer.step()
+        changes = [after - start for after, start in zip((model.gain, model.bias), before, strict=True)]
+        assert max(change.abs().max().item() for change in changes) <= MAX_CHANGE * 1.001
+    settled = 1 / (1 - momentum)  # of the series, but for 2 % after 40 terms
+    expected = [[-MAX_CHANGE, MAX_CHANGE, -0.01 * settled], [0.0, -0.02 * settled, MAX_CHANGE]]
+    torch.testing.assert_close(torch.stack(changes), torch.tensor(expected), rtol=0.03, atol=1e-6)
 
 
 def test_the_paper_s_layers_other_optimisers_and_removed_constraints_keep_their_gradients():
@@ -110,18 +128,19 @@ def test_the_paper_s_layers_other_optimisers_and_removed_constraints_keep_their_
         constraint = constrain(optimizer, layer)
         if remove:
             constraint.remove()
-        layer.weight.grad = torch.full_like(layer.weight, 100.0)
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, 100.0)
         optimizer.step()
-        return layer.weight.grad
+        return torch.cat([layer.weight.grad, layer.gain.grad.unsqueeze(1), layer.bias.grad.unsqueeze(1)], 1)
 
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=1.0)
 
-    hundreds = torch.full((3, 4), 100.0)
+    hundreds = torch.full((3, 6), 100.0)
     assert torch.equal(after(Linear(4, 3, **recipes.PAPER), sgd), hundreds)
     assert torch.equal(after(Linear(4, 3), torch.optim.AdamW), hundreds)
     assert torch.equal(after(Linear(4, 3), sgd, remove=True), hundreds)
-    assert not torch.equal(after(Linear(4, 3), sgd), hundreds)
+    assert (after(Linear(4, 3), sgd) < 1.0).all()
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Which parameters decay, and which learn faster."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,20 +11,29 @@ from normprop.nn import NormPropLayer
 # Modules whose parameters are not weights of a linear map, however many dimensions they have.
 UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 
+GAIN_RATE = 4.0
+"""Learning rate of gains and biases beside filters of length 1; chosen by experiment, see docs/results/learning.md."""
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, unit_norm: bool = True) -> list[dict[str, Any]]:
-    """Sort the parameters of a model into those that decay and those that do not, for any torch optimiser.
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, unit_norm: bool = True, lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Sort the parameters of a model into those that decay, those that do not and those that learn faster.
 
     Decayed: the weights of linear maps, which are the parameters with two or more dimensions. Not decayed: biases,
     gains, the parameters of normalisers, embeddings and PReLU, and the weights of NormProp layers under the unit-norm
     constraint, which decay would only rescale before the constraint puts them back. A module's class may say otherwise
     for its own parameters by an attribute ``parameter_decay``, a mapping from their names to whether they decay.
 
+    Faster, if ``lr`` is given: gains and biases of NormProp layers with ``orthogonal=True``, at :data:`GAIN_RATE` times
+    the rate. Filters of length 1 that are held near right angles cannot amplify what they agree on; gains can.
+
     Args:
         model: the network.
         weight_decay: decay of the first group.
         unit_norm: whether NormProp weights are under the constraint
             (:func:`normprop.training.unit_norm.constrain`); without it they decay like other weights.
+        lr: learning rate of the groups, for SGD; without it they take the optimiser's own, all alike.
 
     Returns:
         One dict per group that has parameters, every parameter in exactly one: a shared parameter counts once, and
@@ -37,16 +46,26 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, unit_norm: bool =
         >>> groups = parameter_groups(nn.Linear(4, 3), weight_decay=1e-4)
         >>> [(group["weight_decay"], len(group["params"])) for group in groups]
         [(0.0001, 1), (0.0, 1)]
+        >>> from normprop.nn import Linear
+        >>> [(group["lr"], len(group["params"])) for group in parameter_groups(Linear(4, 3), 1e-4, lr=0.01)]
+        [(0.01, 1), (0.04, 2)]
     """
     decays: dict[nn.Parameter, bool] = {}
+    fast: set[nn.Parameter] = set()
     for module in model.modules():
         frozen = isinstance(module, (*UNDECAYED, NormPropLayer) if unit_norm else UNDECAYED)
+        if lr is not None and isinstance(module, NormPropLayer) and module.orthogonal:
+            fast |= {parameter for parameter in (module.gain, module.bias) if parameter is not None}
         own: Mapping[str, bool] = getattr(module, "parameter_decay", {})
         for name, parameter in module.named_parameters(recurse=False):
             decayed = own.get(name, not frozen and parameter.ndim >= 2)
             decays[parameter] = decays.get(parameter, True) and decayed
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter, decayed in decays.items() if decayed], "weight_decay": weight_decay},
-        {"params": [parameter for parameter, decayed in decays.items() if not decayed], "weight_decay": 0.0},
+        {"params": [p for p, decayed in decays.items() if decayed], "weight_decay": weight_decay},
+        {"params": [p for p, decayed in decays.items() if not decayed and p not in fast], "weight_decay": 0.0},
+        {"params": [p for p in decays if p in fast], "weight_decay": 0.0},
     ]
+    if lr is not None:
+        for group, factor in zip(groups, (1.0, 1.0, GAIN_RATE), strict=True):
+            group["lr"] = lr * factor
     return [group for group in groups if group["params"]]

@@ -72,13 +72,14 @@ class Run:
         self.layers = statistics.watched(network)
         self.dataset = dataset.to(fabric.device)
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config.weight_decay, unit_norm=config.unit_norm),
+            parameter_groups(self.model, config.weight_decay, unit_norm=config.unit_norm, lr=config.lr),
             lr=config.lr,
             momentum=config.momentum,
             # One kernel for all parameters. Not under a GradScaler: it forbids clipping, and momentum stays
             # uninitialised memory when the first step is skipped (torch 2.13).
             fused=config.precision != "16-mixed",
         )
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = list(self.model.parameters())
         if config.unit_norm:
             constrain(self.optimizer, self.model)
@@ -133,9 +134,9 @@ class Run:
         for images, labels in join_single(
             batches(self.dataset.train, config.batch_size, shuffle=True, generator=self.order)
         ):
-            lr = config.lr * self.schedule(self.step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            factor = self.schedule(self.step)
+            for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * factor
             loss = self._loss(images, labels)
             fabric.backward(loss)
             self._clip()

@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from normprop.fused import at_least_float32, filters
 from normprop.nn import NormPropLayer
 
 
 @torch.no_grad()
-def bound_turns_(layers: Iterable[NormPropLayer], limit: float | Tensor) -> None:
+def bound_turns_(layers: Iterable[NormPropLayer], limit: float) -> None:
     r"""Shorten gradients in place to a length of at most ``limit``, filter by filter.
 
     .. math:: G_i \leftarrow \min(1, \lambda / \|G_i\|)\, G_i

@@ -27,8 +27,9 @@ FAR = 0.16
 EACH = 128
 """Layers wait that many times longer as they have this many filters, each of which is multiplied by all others."""
 
-MAX_TURN = 0.2
-"""Largest angle by which an update turns a filter, as a tangent: of SGD, by gradients that stay as they are."""
+MAX_CHANGE = 0.2
+"""Largest change of a filter's angle (its tangent), of a gain or of a bias in one update of SGD, by gradients that stay
+as they are."""
 
 
 class Constraint(NamedTuple):
@@ -53,10 +54,10 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
 
     Two things are done for layers with ``orthogonal=True`` alone. Before a step of SGD, gradients of filters are
     shortened (:func:`normprop.training.turn.bound_turns_`) so that, at the present rate and momentum, none turns its
-    filter by more than :data:`MAX_TURN`; at small rates hardly any is that long. Every few updates, the more often the
-    higher the rate, filters that an activation follows take one step of
-    :func:`normprop.orthogonal.orthogonalize_`, which does change outputs. How far it is to the next one stands in the
-    optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it was.
+    filter by more than :data:`MAX_CHANGE`, and those of gains and biases are cut off likewise; at small rates hardly
+    any is that long. Every few updates, the more often the higher the rate, filters that an activation follows take one
+    step of :func:`normprop.orthogonal.orthogonalize_`, which does change outputs. How far it is to the next one stands
+    in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
@@ -107,16 +108,23 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # of gradients that a fused optimiser is still to unscale
-        for settings, alike in zip(optimizer.param_groups, bounded, strict=False):
-            if alike and (rate := float(settings["lr"])) > 0:
-                limit = MAX_TURN * (1 - settings["momentum"]) / rate
-                bound_turns_(alike, limit if scale is None else limit * scale)
+        for settings, (turning, others) in zip(optimizer.param_groups, bounded, strict=False):
+            if (turning or others) and (rate := float(settings["lr"])) > 0:
+                limit = MAX_CHANGE * (1 - settings["momentum"]) / rate * (1.0 if scale is None else float(scale))
+                bound_turns_(turning, limit)
+                if others:
+                    nn.utils.clip_grad_value_(others, limit)
 
     handles = [optimizer.register_step_post_hook(after_step)]
     if isinstance(optimizer, SGD):  # others choose the length of their steps by themselves
-        by_weight = {id(layer.weight): layer for layer in layers if layer.orthogonal}
+        asking = [layer for layer in layers if layer.orthogonal]
+        by_weight = {id(layer.weight): layer for layer in asking}
+        by_itself = {id(parameter) for layer in asking for parameter in (layer.gain, layer.bias)}
         bounded = [
-            [by_weight[id(weight)] for weight in settings["params"] if id(weight) in by_weight]
+            (
+                [by_weight[id(parameter)] for parameter in settings["params"] if id(parameter) in by_weight],
+                [parameter for parameter in settings["params"] if id(parameter) in by_itself],
+            )
             for settings in optimizer.param_groups
         ]
         handles.append(optimizer.register_step_pre_hook(before_step))
