@@ -25,6 +25,7 @@ WRONG = {
     "accelerator": ["tpu", None],
     "devices": [0, "auto"],
     "unit_norm": [1, None],
+    "gain_rate": [0, -1.0, float("inf"), "4", None],
     "channels_last": [1, None],
 }
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from normprop.errors import ConfigError
+from normprop.training.groups import GAIN_RATE
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 SCHEDULES = ("constant", "halving", "linear", "cosine")
@@ -38,6 +39,7 @@ class TrainConfig:
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``.
         devices: number of training processes.
         unit_norm: whether NormProp weights are kept at unit norm after each update.
+        gain_rate: how many times the learning rate of their filters NormProp gains and biases have.
         channels_last: whether images and the weights of two-dimensional convolutions lie channels last in memory, which
             changes results by rounding alone.
 
@@ -70,6 +72,7 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: int = 1
     unit_norm: bool = True
+    gain_rate: float = GAIN_RATE
     channels_last: bool = False
 
     def __post_init__(self) -> None:
@@ -151,6 +154,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator": _one_of(ACCELERATORS),
     "devices": (_whole(1), "a whole number of at least 1"),
     "unit_norm": (lambda value: isinstance(value, bool), "True or False"),
+    "gain_rate": (_positive, "a finite number above 0"),
     "channels_last": (lambda value: isinstance(value, bool), "True or False"),
 }
 

@@ -12,11 +12,16 @@ from normprop.nn import NormPropLayer
 UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 
 GAIN_RATE = 4.0
-"""Learning rate of gains and biases beside filters of length 1; chosen by experiment, see docs/results/learning.md."""
+"""Rate of gains and biases, in rates of their filters; chosen by experiment, see docs/results/learning.md."""
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, unit_norm: bool = True, lr: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    unit_norm: bool = True,
+    lr: float | None = None,
+    gain_rate: float = GAIN_RATE,
 ) -> list[dict[str, Any]]:
     """Sort the parameters of a model into those that decay, those that do not and those that learn faster.
 
@@ -25,8 +30,8 @@ def parameter_groups(
     constraint, which decay would only rescale before the constraint puts them back. A module's class may say otherwise
     for its own parameters by an attribute ``parameter_decay``, a mapping from their names to whether they decay.
 
-    Faster, if ``lr`` is given: gains and biases of NormProp layers with ``orthogonal=True``, at :data:`GAIN_RATE` times
-    the rate. Filters of length 1 that are held near right angles cannot amplify what they agree on; gains can.
+    Faster, if ``lr`` is given: gains and biases of NormProp layers with ``orthogonal=True``. Filters of length 1 that
+    are held near right angles cannot amplify what they agree on; gains can.
 
     Args:
         model: the network.
@@ -34,6 +39,7 @@ def parameter_groups(
         unit_norm: whether NormProp weights are under the constraint
             (:func:`normprop.training.unit_norm.constrain`); without it they decay like other weights.
         lr: learning rate of the groups, for SGD; without it they take the optimiser's own, all alike.
+        gain_rate: how many times ``lr`` the rate of such gains and biases is.
 
     Returns:
         One dict per group that has parameters, every parameter in exactly one: a shared parameter counts once, and
@@ -66,6 +72,6 @@ def parameter_groups(
         {"params": [p for p in decays if p in fast], "weight_decay": 0.0},
     ]
     if lr is not None:
-        for group, factor in zip(groups, (1.0, 1.0, GAIN_RATE), strict=True):
+        for group, factor in zip(groups, (1.0, 1.0, gain_rate), strict=True):
             group["lr"] = lr * factor
     return [group for group in groups if group["params"]]

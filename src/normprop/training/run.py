@@ -72,7 +72,13 @@ class Run:
         self.layers = statistics.watched(network)
         self.dataset = dataset.to(fabric.device)
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config.weight_decay, unit_norm=config.unit_norm, lr=config.lr),
+            parameter_groups(
+                self.model,
+                config.weight_decay,
+                unit_norm=config.unit_norm,
+                lr=config.lr,
+                gain_rate=config.gain_rate,
+            ),
             lr=config.lr,
             momentum=config.momentum,
             # One kernel for all parameters. Not under a GradScaler: it forbids clipping, and momentum stays
