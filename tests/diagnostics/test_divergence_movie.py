@@ -155,7 +155,7 @@ def test_network_and_random_state_are_left_alone(norm):
     state = torch.get_rng_state()
     with torch.no_grad():
         found = measure(Subject(norm, model, x, y), steps=10)
-    assert found.diverged
+    assert found.diverged == (norm != "normprop")  # whose constraint bounds each update, whatever the rate
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -112,8 +112,8 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
             if (turning or others) and (rate := float(settings["lr"])) > 0:
                 limit = MAX_CHANGE * (1 - settings["momentum"]) / rate * (1.0 if scale is None else float(scale))
                 bound_turns_(turning, limit)
-                if others:
-                    nn.utils.clip_grad_value_(others, limit)
+                if with_gradient := [parameter for parameter in others if parameter.grad is not None]:
+                    nn.utils.clip_grad_value_(with_gradient, limit)
 
     handles = [optimizer.register_step_post_hook(after_step)]
     if isinstance(optimizer, SGD):  # others choose the length of their steps by themselves
