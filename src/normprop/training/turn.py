@@ -34,14 +34,12 @@ def bound_turns_(layers: Iterable[NormPropLayer], limit: float) -> None:
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    owners = list({id(layer.weight): layer for layer in layers if layer.weight.grad is not None}.values())
-    if not owners:
-        return
+    moved = [layer for layer in layers if layer.weight.grad is not None]
     # Most updates need nothing, and a whole layer's norm tells so. On an accelerator the look would cost a wait.
-    if owners[0].weight.device.type == "cpu":
-        norms = torch._foreach_norm([layer.weight.grad for layer in owners])
-        owners = [layer for layer, norm in zip(owners, norms, strict=True) if not norm.item() <= limit]
-    for layer in owners:
+    if moved and moved[0].weight.device.type == "cpu":
+        norms = torch._foreach_norm([layer.weight.grad for layer in moved])
+        moved = [layer for layer, norm in zip(moved, norms, strict=True) if not norm.item() <= limit]
+    for layer in moved:
         gradient = layer.weight.grad
         rows = filters(at_least_float32(gradient), layer.groups, layer._transposed)
         norm = torch.linalg.vector_norm(rows, dim=(1, 3), keepdim=True)
