@@ -5,7 +5,6 @@ from torch import nn
 from normprop import recipes
 from normprop.nn import Conv2d, Linear
 from normprop.training import parameter_groups
-from normprop.training.groups import GAIN_RATE
 
 
 def names(model: nn.Module, **options) -> tuple[set[str], set[str]]:
@@ -53,12 +52,13 @@ def test_gains_and_biases_of_our_layers_learn_faster_where_there_is_a_rate(unit_
         Linear(4, 3, activation="relu"), Linear(3, 3, bias=False), Linear(3, 2, **recipes.PAPER), nn.Linear(2, 2)
     )
     by_id = {id(p): name for name, p in model.named_parameters()}
-    groups = parameter_groups(model, 0.01, unit_norm=unit_norm, lr=0.1)
+    groups = parameter_groups(model, 0.01, unit_norm=unit_norm, lr=0.1, gain_rate=4)
     rates = {by_id[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert rates.keys() == set(by_id.values())
-    assert {name for name, rate in rates.items() if rate == 0.1 * GAIN_RATE} == {"0.gain", "0.bias", "1.gain"}
-    assert set(rates.values()) == {0.1, 0.1 * GAIN_RATE}
-    assert names(model, unit_norm=unit_norm, lr=0.1) == names(model, unit_norm=unit_norm)
+    assert {name for name, rate in rates.items() if rate == 0.4} == {"0.gain", "0.bias", "1.gain"}
+    assert set(rates.values()) == {0.1, 0.4}
+    assert names(model, unit_norm=unit_norm, lr=0.1, gain_rate=4) == names(model, unit_norm=unit_norm)
+    assert len(parameter_groups(model, 0.01, unit_norm=unit_norm, lr=0.1)) == 2
     assert all("lr" not in group for group in parameter_groups(model, 0.01))
 
 

@@ -59,7 +59,7 @@ def _settings(
         float | None, _training("Largest norm of a filter's gradient, relative to the filter.")
     ] = None,
     unit_norm: Annotated[bool, _training("Keep the filters of NormProp layers at unit norm.")] = True,
-    gain_rate: Annotated[float, _training("Rate of NormProp gains and biases, in rates of their filters.")] = 4.0,
+    gain_rate: Annotated[float, _training("Rate of NormProp gains and biases, in rates of their filters.")] = 1.0,
     precision: Annotated[str, _training("32-true, bf16-mixed, 16-mixed, ...")] = "32-true",
     accelerator: Annotated[str, _training("auto, cpu, gpu, cuda or mps.")] = "auto",
     devices: Annotated[int, _training("Processes that share each batch.")] = 1,

@@ -19,9 +19,8 @@ class Linear(NormPropLayer, nn.Linear):
             ``"fixed"``: those of f(N(0, 1)), one number each for the layer, as in the paper.
         gain: initial gain g, a number or ``"jacobian"`` for c1 / sqrt(E[f'^2]), which keeps gradients' size.
         orthogonal: whether the constraint of training (:func:`normprop.training.unit_norm.constrain`) draws the filters
-            towards right angles, if there is an activation, and bounds how far an update turns them; gains then learn
-            faster (:func:`normprop.training.groups.parameter_groups`). The layer's own function does not depend on it.
-            ``False`` to keep trained filters.
+            towards right angles, if there is an activation, and bounds how far an update turns them; the layer's own
+            function does not depend on it. ``False`` to keep trained filters.
 
     Shape:
         (..., in_features) to (..., out_features).

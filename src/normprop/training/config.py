@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from normprop.errors import ConfigError
-from normprop.training.groups import GAIN_RATE
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 SCHEDULES = ("constant", "halving", "linear", "cosine")
@@ -72,7 +71,7 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: int = 1
     unit_norm: bool = True
-    gain_rate: float = GAIN_RATE
+    gain_rate: float = 1.0
     channels_last: bool = False
 
     def __post_init__(self) -> None:
