@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from normprop import recipes
+from normprop.errors import ConfigError
 from normprop.nn import Conv2d, Linear
 from normprop.training import parameter_groups
 
@@ -60,6 +61,8 @@ def test_gains_and_biases_of_our_layers_learn_faster_where_there_is_a_rate(unit_
     assert names(model, unit_norm=unit_norm, lr=0.1, gain_rate=4) == names(model, unit_norm=unit_norm)
     assert len(parameter_groups(model, 0.01, unit_norm=unit_norm, lr=0.1)) == 2
     assert all("lr" not in group for group in parameter_groups(model, 0.01))
+    with pytest.raises(ConfigError, match=r"^parameter_groups: gain_rate=4 multiplies a learning rate; give it as lr$"):
+        parameter_groups(model, 0.01, gain_rate=4)
 
 
 def test_shared_parameters_count_once_and_decay_only_if_all_owners_let_them():

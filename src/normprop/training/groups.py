@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from normprop.errors import ConfigError
 from normprop.nn import NormPropLayer
 
 # Modules whose parameters are not weights of a linear map, however many dimensions they have.
@@ -43,6 +44,9 @@ def parameter_groups(
         One dict per group that has parameters, every parameter in exactly one: a shared parameter counts once, and
         decays only if all its owners let it.
 
+    Raises:
+        ConfigError: for a ``gain_rate`` without the ``lr`` that it multiplies.
+
     Source:
         Ours; Arpit et al. 2016 use a decay of 5e-4 to 5e-3 and do not say of what.
 
@@ -54,11 +58,13 @@ def parameter_groups(
         >>> [(group["lr"], len(group["params"])) for group in parameter_groups(Linear(4, 3), 0, lr=0.1, gain_rate=4)]
         [(0.1, 1), (0.4, 2)]
     """
+    if lr is None and gain_rate != 1:
+        raise ConfigError(f"parameter_groups: gain_rate={gain_rate} multiplies a learning rate; give it as lr")
     decays: dict[nn.Parameter, bool] = {}
     fast: set[nn.Parameter] = set()
     for module in model.modules():
         frozen = isinstance(module, (*UNDECAYED, NormPropLayer) if unit_norm else UNDECAYED)
-        if lr is not None and gain_rate != 1 and isinstance(module, NormPropLayer) and module.orthogonal:
+        if gain_rate != 1 and isinstance(module, NormPropLayer) and module.orthogonal:
             fast |= {parameter for parameter in (module.gain, module.bias) if parameter is not None}
         own: Mapping[str, bool] = getattr(module, "parameter_decay", {})
         for name, parameter in module.named_parameters(recurse=False):
