@@ -3,7 +3,7 @@ import torch
 
 from normprop import models, norms
 from normprop.errors import ConfigError
-from normprop.models.unet import Level, UpAndJoin
+from normprop.nn import NormPropLayer, Skip
 
 
 @pytest.mark.parametrize("norm", norms.names())
@@ -50,19 +50,24 @@ def test_unet_gives_every_voxel_its_logits(dims):
     assert network(torch.randn(2, 1, *[4] * dims)).shape == (2, 5, *[4] * dims)
 
 
-def test_a_level_adds_what_is_below_to_its_own_detail():
-    # Down and up do nothing, below is a constant: the detail passes through beside it.
-    level = Level(torch.nn.Identity(), torch.nn.Threshold(1e9, 7.0), torch.nn.Identity(), dims=2)
-    x = torch.randn(1, 2, 4, 4)
-    assert torch.equal(level(x), torch.cat([torch.full_like(x, 7.0), x], 1))
+def test_what_is_below_stands_in_front_of_a_levels_own_detail():
+    network = models.unet(1, 2, width=0.25, dims=2)
+    inner = [module for module in network.modules() if isinstance(module, Skip)][1]
+    detail = torch.randn(1, 8, 4, 4)
+    joined = inner(detail)
+    assert joined.shape == (1, 16 + 8, 4, 4)
+    assert torch.equal(joined[:, 16:], detail)
+    below = joined[:, :16]
+    assert torch.equal(below, below[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-def test_upsampling_keeps_mean_and_variance():
-    torch.manual_seed(0)
-    small = torch.randn(1, 1, 6, 6, 6)
-    joined = UpAndJoin()(small, torch.zeros(1, 1, 12, 12, 12))
-    assert torch.equal(joined[:, :1, ::2, ::2, ::2], small)
-    torch.testing.assert_close(joined[:, :1].var(correction=0), small.var(correction=0))
+def test_biases_start_for_the_depth_of_the_way_along_the_skips():
+    network = models.unet(3, 2, width=0.25, dims=2)
+    layers = [module for module in network.modules() if isinstance(module, NormPropLayer)]
+    # Two convolutions before the topmost skip, two after it, and a head without activation.
+    plain = models.mlp((3, 4, 4), 2, depth=4, hidden_features=8)
+    (bias,) = {round(layer.bias[0].item(), 6) for layer in plain.modules() if isinstance(layer, NormPropLayer)} - {0.0}
+    assert {round(layer.bias[0].item(), 6) for layer in layers} == {bias, 0.0}
 
 
 def test_errors():

@@ -1,64 +1,11 @@
 """A small U-Net for volumes or images."""
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normprop import norms
 from normprop.errors import ConfigError
 from normprop.moments import Activation
-
-
-class UpAndJoin(nn.Module):
-    """Double the size of one map and put it beside another, channel by channel.
-
-    Shape:
-        (N, C, *S) and (N, C', *2S) to (N, C + C', *2S).
-
-    Example:
-        >>> UpAndJoin()(torch.zeros(1, 2, 3, 3), torch.zeros(1, 4, 6, 6)).shape
-        torch.Size([1, 6, 6, 6])
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Repeating values keeps their mean and variance, which interpolating between them would not.
-        self.up = nn.Upsample(scale_factor=2, mode="nearest")
-
-    def forward(self, small: Tensor, large: Tensor) -> Tensor:
-        """Join the two maps."""
-        return torch.cat([self.up(small), large], 1)
-
-
-class Level(nn.Module):
-    """One level of a U: convolutions down, the levels below at half the size, convolutions up.
-
-    Args:
-        down: module on the way down; its output also skips what is below.
-        below: the next level.
-        up: module on the way up, from the channels of ``below`` and ``down`` together.
-        dims: spatial dimensions, 2 or 3.
-
-    Shape:
-        (N, C, *S) with even S to what ``up`` makes of (N, C', *S).
-    """
-
-    _pools: ClassVar = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
-
-    def __init__(self, down: nn.Module, below: nn.Module, up: nn.Module, dims: int) -> None:
-        super().__init__()
-        self.down = down
-        self.pool = self._pools[dims](2)
-        self.below = below
-        self.join = UpAndJoin()
-        self.up = up
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the level and everything below it."""
-        wide = self.down(input)
-        output: Tensor = self.up(self.join(self.below(self.pool(wide)), wide))
-        return output
+from normprop.nn import Skip
 
 
 def unet(
@@ -89,6 +36,7 @@ def unet(
         Cicek et al. 2016, smaller, with padding and with the nearest value for upsampling.
 
     Example:
+        >>> import torch
         >>> unet(1, 2, width=0.25)(torch.randn(1, 1, 8, 8, 8)).shape
         torch.Size([1, 2, 8, 8, 8])
     """
@@ -100,8 +48,12 @@ def unet(
         first = build(inputs, outputs, 3, padding=1, activation=activation)
         return nn.Sequential(first, build(outputs, outputs, 3, padding=1, activation=activation))
 
+    def below(module: nn.Module) -> Skip:
+        pool = nn.MaxPool2d(2) if dims == 2 else nn.MaxPool3d(2)
+        # Repeating values keeps their mean and variance, which interpolating between them would not.
+        return Skip(nn.Sequential(pool, module, nn.Upsample(scale_factor=2, mode="nearest")))
+
     small, middle, large = (max(1, round(channels * width)) for channels in (16, 32, 64))
-    lowest = twice(middle, large)
-    lower = Level(twice(small, middle), lowest, twice(large + middle, middle), dims)
-    upper = Level(twice(in_channels, small), lower, twice(middle + small, small), dims)
+    lower = nn.Sequential(twice(small, middle), below(twice(middle, large)), twice(large + middle, middle))
+    upper = nn.Sequential(twice(in_channels, small), below(lower), twice(middle + small, small))
     return norms.finish(norm, nn.Sequential(upper, norms.head(norm, dims=dims)(small, num_classes, 1)))

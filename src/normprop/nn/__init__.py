@@ -20,6 +20,7 @@ from normprop.nn.predicted import (
     PredictedNorm,
 )
 from normprop.nn.residual import Residual, output_moments
+from normprop.nn.skip import Skip
 
 __all__ = [
     "LSTM",
@@ -43,6 +44,7 @@ __all__ = [
     "PredictedLinear",
     "PredictedNorm",
     "Residual",
+    "Skip",
     "init_by_depth_",
     "output_moments",
 ]

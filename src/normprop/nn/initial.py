@@ -19,6 +19,7 @@ from normprop.errors import ConfigError
 from normprop.moments import Activation
 from normprop.nn.layer import NormPropLayer
 from normprop.nn.residual import Residual, output_moments
+from normprop.nn.skip import Skip
 
 SLOPE = 4.0
 """Slope of a network's correlation map at 1; chosen by experiment, see docs/results/learning.md."""
@@ -66,7 +67,8 @@ def offset(activation: Activation, slope: float) -> tuple[float, float]:
 def total_slope(module: nn.Module, slope: float, start: float = 1.0) -> float:
     """Slope of a network's correlation map at 1, if live layers outside of branches have the bias of :func:`offset`.
 
-    Children are taken to run in their order. A residual sum mixes the slopes of its paths by their variances.
+    Children are taken to run in their order. A residual sum mixes the slopes of its paths by their variances. Of
+    :class:`Skip` the skip alone counts: what is near stays near in part of the channels, whatever the branch does.
 
     Args:
         module: the network.
@@ -90,6 +92,8 @@ def total_slope(module: nn.Module, slope: float, start: float = 1.0) -> float:
         variances = [_variance(module.shortcut), _variance(module.branch)]
         mixed = (variances[0] * skip + variances[1] * branch) / sum(variances)
         return mixed * offset(module.activation, slope if _last(module) is not None else math.inf)[1]
+    if isinstance(module, Skip):
+        return start
     for child in module._modules.values():  # not children(), which leaves out a module's second and later places
         start = start if child is None else total_slope(child, slope, start)
     return start
