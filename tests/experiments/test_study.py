@@ -165,6 +165,13 @@ def test_other_settings_are_refused_and_named(study, url):
     assert Study.create(url, "s", SETTINGS).unfinished() == 8
 
 
+def test_a_study_from_before_a_setting_existed_has_its_default(url):
+    Study.create(url, "older", {"epochs": 1})
+    Study.create(url, "older", {"epochs": 1, "gain_rate": 1.0})
+    with pytest.raises(ConfigError, match=r"'older' was made with gain_rate=1.0, not gain_rate=4.0"):
+        Study.create(url, "older", {"epochs": 1, "gain_rate": 4.0})
+
+
 def test_missing_study_and_unreachable_storage_are_one_line(study, url, tmp_path):
     with pytest.raises(ConfigError, match=r"no study 'other' in this storage: it holds s$"):
         Study(url, "other")

@@ -15,6 +15,7 @@ from normprop.errors import ConfigError, requires
 from normprop.experiments.grid import Combination
 from normprop.experiments.storage import connect
 from normprop.experiments.trial import RUNNING, TrialRecord, Turn, record_of
+from normprop.training.config import TrainConfig
 
 with requires("experiments"):
     import optuna
@@ -88,8 +89,12 @@ class Study:
         self._id = database.get_study_id_from_name(name)
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings other than the study's own, naming the first difference."""
-        own = self.attributes["settings"]
+        """Refuse settings other than the study's own, naming the first difference.
+
+        A study made before a training setting existed was made with what is now its default.
+        """
+        own = {key: value for key, value in TrainConfig().to_dict().items() if key in settings}
+        own |= self.attributes["settings"]
         for key in [*own, *(key for key in settings if key not in own)]:
             if own.get(key) != settings.get(key):
                 raise ConfigError(
