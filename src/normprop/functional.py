@@ -112,23 +112,45 @@ def normalization(rule: Rule, gain: Tensor, bias: Tensor | None, moments: Moment
     bias = gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype)
     if rule.name == "identity":
         return Normalization(gain, bias, 0.0, 1.0)
-    std: Tensor | float = 1.0
+    mean: Tensor | float
+    reciprocal: Tensor | float
     if moments == "live" and rule.name == "relu":
         scale, shift, mean = LiveReLU.apply(gain, bias)[:3]
         return Normalization(scale, shift, mean, 1.0)
     if moments == "live":
-        std = gain.abs()
-        moments = rule.moments(bias, std, derivative=False)
-    elif moments == "fixed":
-        moments = rule.moments(0.0, 1.0, derivative=False)
-    assert isinstance(moments, Moments)
-    reciprocal = 1.0 / standard_deviation(rule, moments, std)
-    mean = moments.mean * reciprocal
+        mean, reciprocal = live_normalization(rule, gain, bias)
+    else:
+        known = rule.moments(0.0, 1.0, derivative=False) if isinstance(moments, str) else moments
+        reciprocal = 1.0 / standard_deviation(rule, known, 1.0)
+        mean = known.mean * reciprocal
     if rule.name == "relu" and isinstance(mean, float):
         return Normalization(gain * reciprocal, bias * reciprocal - mean, mean, 1.0)
     if rule.homogeneous:
         return Normalization(gain * reciprocal, bias * reciprocal, mean, 1.0)
     return Normalization(gain, bias, mean, reciprocal)
+
+
+def live_normalization(rule: Rule, gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over standard deviation, and 1 over it, of an activation of N(bias, gain^2), elementwise.
+
+    Args:
+        rule: the activation.
+        gain: gamma, (out,).
+        bias: beta, (out,).
+
+    Returns:
+        What is subtracted from, and what multiplies, the activation's output.
+
+    Example:
+        >>> from normprop.moments import resolve
+        >>> mean, reciprocal = live_normalization(resolve("gelu"), torch.ones(1), torch.zeros(1))
+        >>> round(float(mean), 4), round(float(reciprocal), 4)
+        (0.4798, 1.7009)
+    """
+    std = gain.abs()
+    moments = rule.moments(bias, std, derivative=False)
+    reciprocal = torch.as_tensor(1.0 / standard_deviation(rule, moments, std))
+    return moments.mean * reciprocal, reciprocal
 
 
 def per_channel(value: Tensor | float, like: Tensor, spatial_dims: int) -> Tensor | float:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from normprop import moments as M
 from normprop import nn
 from normprop.training import constrain
 from tests.nn.cases import CASES, RECIPES, Case
@@ -84,6 +85,36 @@ def test_second_derivatives(case, recipe, known, monkeypatch):
 
     for own, reference in zip(second(layer(input)), second(composed(layer, input, monkeypatch)), strict=True):
         torch.testing.assert_close(own, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "silu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_live_moments_that_are_worked_out_together_serve_and_are_differentiated(activation, bias, monkeypatch):
+    layers = [trained(nn.Linear(5, n, activation=activation, bias=bias, dtype=torch.float64)) for n in (4, 3)]
+    network = constrained(torch.nn.Sequential(*layers[:1], torch.nn.Linear(4, 5).double(), *layers[1:]))
+    input = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [input, *network.parameters()]
+    expected = composed(network, input, monkeypatch)
+    reference = torch.autograd.grad(expected.sin().sum(), leaves, create_graph=True)
+    with monkeypatch.context() as context:
+        context.setattr(M.Rule, "moments", None)  # nothing is worked out anew
+        output = network(input)
+        first = torch.autograd.grad(output.sin().sum(), leaves)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for own, other in zip(first, reference, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-11)
+    twice = torch.autograd.grad(network(input).sin().sum(), leaves, create_graph=True)
+    for own, other in zip(
+        *(torch.autograd.grad(sum(part.square().sum() for part in parts), leaves) for parts in (twice, reference)),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
+
+
+def test_people_s_functions_are_worked_out_at_every_call():
+    layer = constrained(nn.Linear(5, 4, activation=lambda x: x.sin()))
+    assert not layer.knowable
+    assert layer._known is None
 
 
 @recipes

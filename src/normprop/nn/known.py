@@ -11,17 +11,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, cat
 
+from normprop.nn.known_moments import KnownMoments
 from normprop.prepared import Constants, Prepared
 
 
 class Known(NamedTuple):
-    """What was prepared for a weight, a gain and a bias as they were."""
+    """What was prepared for a weight, a gain and a bias as they were; moments are those of other activations than ReLU.
+
+    Without moments what was prepared is the whole layer.
+    """
 
     weight: Tensor
     gain: Tensor
     bias: Tensor | None
     versions: tuple[int, int, int]
     prepared: Prepared
+    moments: KnownMoments | None
 
     def holds(self, weight: Tensor, gain: Tensor, bias: Tensor | None) -> bool:
         """Whether these are the parameters, unchanged."""
@@ -33,7 +38,9 @@ class Known(NamedTuple):
         )
 
 
-def know(weight: Tensor, gain: Tensor, bias: Tensor | None, prepared: Prepared) -> Known:
+def know(
+    weight: Tensor, gain: Tensor, bias: Tensor | None, prepared: Prepared, moments: KnownMoments | None = None
+) -> Known:
     """Note what was prepared for parameters as they are now.
 
     Args:
@@ -41,6 +48,7 @@ def know(weight: Tensor, gain: Tensor, bias: Tensor | None, prepared: Prepared) 
         gain: gamma, (out,).
         bias: beta, (out,), or ``None``.
         prepared: what it is.
+        moments: what follows, if that is not all.
 
     Returns:
         The note.
@@ -52,7 +60,8 @@ def know(weight: Tensor, gain: Tensor, bias: Tensor | None, prepared: Prepared) 
         >>> known.holds(*parameters), known.holds(parameters[0].add_(1.0), *parameters[1:])
         (True, False)
     """
-    return Known(weight, gain, bias, (weight._version, gain._version, 0 if bias is None else bias._version), prepared)
+    versions = weight._version, gain._version, 0 if bias is None else bias._version
+    return Known(weight, gain, bias, versions, prepared, moments)
 
 
 def constants_together(

@@ -30,13 +30,14 @@ from normprop.functional import (
 from normprop.fused import at_least_float32, filter_statistics, filters, rescale
 from normprop.fused_layer import available, layer
 from normprop.moments import Activation, Moments
+from normprop.moments.quadrature import UNKNOWN
 from normprop.nn.known import Known, know
+from normprop.nn.known_moments import KnownMoments, Noted
 from normprop.orthogonal import orthogonalize_
 from normprop.prepared import (
     Constants,
     Convolution,
     Filters,
-    Prepared,
     filters_of,
     fixed_constants,
     live_constants,
@@ -152,9 +153,9 @@ class NormPropLayer(nn.Module):
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Apply the layer; the arguments are those of torch's own class."""
         if not args and not torch.compiler.is_compiling() and self._takes(input):
-            prepared = self._still_known()
-            if prepared is not None:
-                return self._shaped(layer(self._batched(input), self.weight, self.gain, self.bias, prepared), input)
+            known = self._still_known()
+            if known is not None:
+                return self._as_known(input, known)
             if self.fusable:
                 return self._fused(input)
         rule = M.resolve(self.activation)
@@ -179,13 +180,23 @@ class NormPropLayer(nn.Module):
         thresholded: Tensor = operator.Threshold.apply(output, per_channel(mean, output, self._spatial_dims))
         return thresholded
 
-    def _still_known(self) -> Prepared | None:
+    def _still_known(self) -> Known | None:
         """What the constraint noted in training, if the parameters are as they were; an average of them is not."""
         known = self._known
         if known is None or not self.training or not known.holds(self.weight, self.gain, self.bias):
             return None
         factor = known.prepared.factor  # moving a module to another device or type raises no version
-        return known.prepared if (factor.device, factor.dtype) == (self.weight.device, self.weight.dtype) else None
+        return known if (factor.device, factor.dtype) == (self.weight.device, self.weight.dtype) else None
+
+    def _as_known(self, input: Tensor, known: Known) -> Tensor:
+        """Apply the layer with what is known of its parameters."""
+        output = layer(self._batched(input), self.weight, self.gain, self.bias, known.prepared)
+        output = self._shaped(output, input)
+        if known.moments is None:
+            return output
+        mean, reciprocal = Noted.apply(self.gain, self.bias, known.moments)
+        normal = Normalization(self.gain, self.gain, mean, reciprocal)  # scale and shift are applied already
+        return activate(output, known.moments.rule, normal, self._spatial_dims)
 
     def _takes(self, input: Tensor) -> bool:
         """Whether the layer may run as one function on an input."""
@@ -209,22 +220,35 @@ class NormPropLayer(nn.Module):
         output = self._shaped(layer(rows, self.weight, normal.scale, normal.shift, prepared), input)
         return activate(output, rule, normal, self._spatial_dims)
 
-    def know(self, filters: Filters, constants: Constants) -> None:
+    @property
+    def knowable(self) -> bool:
+        """Whether what is known of the parameters serves forward passes.
+
+        It does for activations with a law of their own, but not for people's functions, whose state may change.
+        """
+        rule = M.resolve(self.activation)
+        if rule.name in ("relu", "identity"):
+            return True
+        own = rule.homogeneous or isinstance(rule.function, nn.Module) or rule.law == UNKNOWN
+        return self.moments == "live" and not own
+
+    def know(self, filters: Filters, constants: Constants, moments: KnownMoments | None) -> None:
         """Note what is known of the parameters as they are now, for the forward passes before they change.
 
         Args:
             filters: what is known of the weight.
             constants: those of the gain and the bias.
+            moments: those of an activation other than ReLU.
         """
         prepared = prepare(filters, constants, self.center, self._convolution)
-        self.__dict__["_known"] = know(self.weight, self.gain, self.bias, prepared)
+        self.__dict__["_known"] = know(self.weight, self.gain, self.bias, prepared, moments)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is known: a copy finds it out anew."""
         return {**self.__dict__, "_known": None}
 
     def own_constants(self, gain: Tensor, bias: Tensor | None) -> Constants:
-        """Work out the constants of a layer with this one's settings, of ReLU or without activation.
+        """Work out the constants of a layer with this one's settings; those of its linear map, but for ReLU.
 
         Args:
             gain: gamma, (out,).
@@ -233,7 +257,7 @@ class NormPropLayer(nn.Module):
         Returns:
             What :func:`normprop.prepared.prepare` takes.
         """
-        if M.resolve(self.activation).name == "identity":
+        if M.resolve(self.activation).name != "relu":
             return Constants(gain.detach(), torch.zeros_like(gain) if bias is None else bias.detach(), None, 1.0)
         if self.moments == "live":
             return live_constants(gain, bias)

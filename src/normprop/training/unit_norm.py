@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 from normprop import moments as M
 from normprop.nn import NormPropLayer
 from normprop.nn.known import constants_together
+from normprop.nn.known_moments import moments_together
 from normprop.prepared import Filters, as_rows, normalize_rows_, unit_filters
 from normprop.training.turn import bound_turns_
 
@@ -185,8 +186,11 @@ class _Group(NamedTuple):
         for alike in self.known:
             parameters = [(layer.gain, layer.bias) for _, layer in alike]
             together = constants_together(parameters, alike[0][1].own_constants)
-            for (position, layer), constants in zip(alike, together, strict=True):
-                layer.know(filters[position], constants)
+            rule = M.resolve(alike[0][1].activation)
+            complete = rule.name in ("relu", "identity")
+            moments = [None] * len(alike) if complete else moments_together(parameters, rule)
+            for (position, layer), constants, others in zip(alike, together, moments, strict=True):
+                layer.know(filters[position], constants, others)
 
 
 def _grouped(layers: Iterable[NormPropLayer]) -> list[_Group]:
@@ -200,9 +204,9 @@ def _grouped(layers: Iterable[NormPropLayer]) -> list[_Group]:
         positions = {id(layer.weight): position for position, layer in enumerate(owners)}
         known: dict[Any, list[tuple[int, NormPropLayer]]] = defaultdict(list)
         for layer in alike:
-            rule, position = M.resolve(layer.activation).name, positions[id(layer.weight)]
+            rule, position = M.resolve(layer.activation), positions[id(layer.weight)]
             centered = owners[position].center or not layer.center  # what it takes its shared weight to be
-            if rule in ("relu", "identity") and centered:
+            if layer.knowable and centered:
                 known[rule, layer.moments].append((position, layer))
         groups.append(_Group(owners, [layer.center for layer in owners], list(known.values())))
     return groups
