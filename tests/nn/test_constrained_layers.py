@@ -87,7 +87,7 @@ def test_second_derivatives(case, recipe, known, monkeypatch):
         torch.testing.assert_close(own, reference, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "tanh", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "silu", "erf", "hardswish"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_live_moments_that_are_worked_out_together_serve_and_are_differentiated(activation, bias, monkeypatch):
     layers = [trained(nn.Linear(5, n, activation=activation, bias=bias, dtype=torch.float64)) for n in (4, 3)]

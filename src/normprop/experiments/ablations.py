@@ -85,6 +85,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "any-angle": any_angle,
     "slope-2": partial(slope, 2.0),
     "slope-8": partial(slope, 8.0),
+    "slope-32": partial(slope, 32.0),
     "branch-gain-0.25": partial(branch_gain, 0.25),
     "branch-gain-1": partial(branch_gain, 1.0),
     "stochastic-depth-0.5": partial(stochastic_depth, 0.5),

@@ -51,12 +51,10 @@ def moments_together(parameters: Sequence[tuple[Tensor, Tensor | None]], rule: R
         biases = [gain.new_zeros(gain.shape) if bias is None else bias.detach() for gain, bias in parameters]
         inputs = gains, cat(biases).requires_grad_()
         mean, reciprocal = live_normalization(rule, *inputs)
-        slopes = (
-            torch.autograd.grad(mean.sum(), inputs, retain_graph=True),
-            torch.autograd.grad(reciprocal.sum(), inputs),
-        )
+        of_mean = torch.autograd.grad(mean.sum(), inputs, retain_graph=True, materialize_grads=True)
+        of_reciprocal = torch.autograd.grad(reciprocal.sum(), inputs, materialize_grads=True)
     sizes = [len(gain) for gain, _ in parameters]
-    whole = mean.detach(), reciprocal.detach(), slopes[0][0], slopes[1][0], slopes[0][1], slopes[1][1]
+    whole = mean.detach(), reciprocal.detach(), of_mean[0], of_reciprocal[0], of_mean[1], of_reciprocal[1]
     parts = zip(*(values.split(sizes) for values in whole), strict=True)
     return [KnownMoments(rule, part[0], part[1], part[2:4], part[4:6]) for part in parts]
 
@@ -82,7 +80,8 @@ class Noted(torch.autograd.Function):
         gain, bias = ctx.saved_tensors
         inputs = [value for value, need in zip((gain, bias), needs, strict=False) if need]
         outputs = live_normalization(known.rule, gain, torch.zeros_like(gain) if bias is None else bias)
-        grads = iter(torch.autograd.grad(outputs, inputs, (by_mean, by_reciprocal), create_graph=True))
+        by = by_mean, by_reciprocal
+        grads = iter(torch.autograd.grad(outputs, inputs, by, create_graph=True, materialize_grads=True))
         return *(next(grads) if need else None for need in needs[:2]), None
 
 
