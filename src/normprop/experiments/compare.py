@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.context import SpawnProcess
@@ -23,7 +23,7 @@ from normprop.experiments.grid import Combination, Grid
 from normprop.experiments.settings import Settings
 from normprop.experiments.study import Study
 from normprop.experiments.timing import BASELINE, step_times
-from normprop.experiments.trial import IMPOSSIBLE, TrialRecord
+from normprop.experiments.trial import DIVERGED, IMPOSSIBLE, TrialRecord
 from normprop.experiments.worker import process
 
 _POLL_SECONDS = 1.0
@@ -93,7 +93,8 @@ def compare(
     _check(settings, dataset, [*grid.methods, *([BASELINE] if step_time_seconds > 0 else [])])
     arguments: Any = {"storage": storage, "name": name, "workers": workers, "progress": progress, "command": command}
     study = train(settings, grid.combinations(), **arguments)
-    while grid.tuning_seeds is not None and study.enrol(grid.repetitions(_best_lrs(study))):
+    tuning = grid.seeds[: grid.tuning_seeds]
+    while grid.tuning_seeds is not None and study.enrol(grid.repetitions(_best_lrs(study, tuning))):
         study = train(settings, [], **arguments)
     if step_time_seconds > 0:
         if progress is not None:
@@ -193,8 +194,10 @@ def _check(settings: Settings, dataset: Dataset, methods: list[str]) -> None:
         raise errors[0]
 
 
-def _best_lrs(study: Study) -> dict[tuple[str, int], float]:
-    rows = results.document(study)["table"]
+def _best_lrs(study: Study, tuning: Sequence[int]) -> dict[tuple[str, int], float]:
+    """The rates that the tuning seeds choose: those that were given all seeds before have no advantage."""
+    trials = results.document(study)["trials"]
+    rows = results.table([trial for trial in trials if trial["seed"] in tuning or trial["status"] == DIVERGED])
     return {(row["method"], row["batch_size"]): row["best_lr"] for row in rows if row["best_lr"] is not None}
 
 
