@@ -114,8 +114,8 @@ def test_rates_are_tuned_on_some_seeds_and_a_method_that_cannot_build_is_one_row
 
 
 def test_a_better_rate_that_comes_later_is_trained_with_all_seeds(here, tiny):
-    arguments = ["compare", *tiny, "--methods", "none", "--batch-sizes", "16", "--seeds", "0,1,2", "--tuning-seeds", "1"]
-    arguments += ["--workers", "1", "--step-time", "0", "--json"]
+    arguments = ["compare", *tiny, "--methods", "none", "--batch-sizes", "16", "--workers", "1", "--step-time", "0"]
+    arguments += ["--seeds", "0,1,2", "--tuning-seeds", "1", "--json"]
     (row,) = json.loads(here(*arguments, "--lrs", "1e-6").out)["table"]
     assert (row["best_lr"], row["seeds"]) == (1e-6, 3)
     (row,) = json.loads(here(*arguments, "--lrs", "0.03").out)["table"]
