@@ -65,11 +65,11 @@ def test_the_same_files_give_the_same_images_and_every_pixel_has_a_label(directo
 @pytest.mark.parametrize("norm", ["normprop", "batch"])
 def test_a_u_net_learns_to_find_them(directory, norm):
     dataset = data.load("pasted", directory).split(train=24, validation=6)
-    config = TrainConfig(epochs=3, batch_size=2, lr=0.02, augment=("flip", "crop"), accelerator="cpu")
+    config = TrainConfig(epochs=8, batch_size=2, lr=0.1, augment=("flip", "crop"), accelerator="cpu")
     result = fit(lambda: normprop_unet(norm), dataset, config)
     first, last = result.curve[0], result.curve[-1]
     assert result.status == "complete"
-    assert 0 <= last.test_error < min(first.test_error, 0.5)
+    assert 0 <= last.test_error < min(first.test_error, 0.3)  # a third of the pixels are the object's
 
 
 def normprop_unet(norm):

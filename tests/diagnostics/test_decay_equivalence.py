@@ -76,7 +76,7 @@ def test_exact_rule_at_a_rate_at_which_training_amplifies_rounding(seed):
     assert max(found.exact[:10]) < 1e-14
     assert min(found.poster[1:10]) > 1e-3
     assert max(found.exact) > 1e6 * max(found.exact[:10])
-    assert one_minus_cos(found.exact[-1]) < 1e-8
+    assert one_minus_cos(found.exact[-1]) < 1e-6  # what rounding made of it differs between processors
 
 
 def test_steps_by_hand():
