@@ -18,6 +18,7 @@ WRONG = {
     "label_smoothing": [-0.1, 1.0],
     "clip_grad": [0, -1.0, float("inf"), "1"],
     "clip_unit": [0, -1.0, float("inf"), "1"],
+    "optimizer": ["adam", None],
     "augment": [("rotate",), "flip", ["flip"]],
     "data_norm": ["sample", None],
     "seed": [-1, 2**32, 0.0],

@@ -48,7 +48,8 @@ def _settings(
     ] = "nin",
     width: Annotated[float, _network("Factor on the reference network's channels.")] = 1.0,
     epochs: Annotated[int, _training("Passes over the training images.")] = 6,
-    momentum: Annotated[float, _training("Momentum of SGD.")] = 0.9,
+    momentum: Annotated[float, _training("Momentum.")] = 0.9,
+    optimizer: Annotated[str, _training("sgd or muon.")] = "sgd",
     weight_decay: Annotated[float, _training("Weight decay.")] = 5e-4,
     schedule: Annotated[str, _training("Course of the lr: constant, halving, linear or cosine.")] = "linear",
     warmup: Annotated[float, _training("Share of the steps that warm up, for linear and cosine.")] = 0.1,
@@ -83,6 +84,7 @@ def _settings(
         training=TrainConfig(
             epochs=epochs,
             momentum=momentum,
+            optimizer=optimizer,
             weight_decay=weight_decay,
             schedule=schedule,
             warmup=warmup,

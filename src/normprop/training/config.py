@@ -9,6 +9,7 @@ from normprop.errors import ConfigError
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 SCHEDULES = ("constant", "halving", "linear", "cosine")
+OPTIMIZERS = ("sgd", "muon")
 AUGMENTATIONS = ("flip", "crop")
 DATA_NORMS = ("global", "batch", "none")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -16,13 +17,14 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run with SGD; checked when built.
+    """All settings of a run; checked when built.
 
     Args:
         epochs: passes over the training split.
         batch_size: samples per update, over all processes together.
         lr: peak learning rate per update; not scaled with the batch size.
-        momentum: of SGD.
+        momentum: of the optimiser.
+        optimizer: ``"sgd"`` or ``"muon"`` (:class:`normprop.training.Muon`).
         weight_decay: of the decayed parameters (see :func:`normprop.training.groups.parameter_groups`).
         schedule: course of the learning rate, a name of :mod:`normprop.training.schedules`.
         warmup: fraction of all updates spent warming up, for ``"linear"`` and ``"cosine"``.
@@ -57,6 +59,7 @@ class TrainConfig:
     batch_size: int = 32
     lr: float = 0.02
     momentum: float = 0.9
+    optimizer: str = "sgd"
     weight_decay: float = 5e-4
     schedule: str = "linear"
     warmup: float = 0.1
@@ -135,6 +138,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (_whole(1), "a whole number of at least 1"),
     "lr": (_positive, "a finite number above 0"),
     "momentum": (_real(0, 1), "a number from 0 to below 1"),
+    "optimizer": _one_of(OPTIMIZERS),
     "weight_decay": (_real(0, math.inf), "a finite number of at least 0"),
     "schedule": _one_of(SCHEDULES),
     "warmup": (_real(0, 1), "a fraction from 0 to below 1"),

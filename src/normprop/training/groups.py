@@ -1,10 +1,11 @@
-"""Which parameters decay, and which learn faster."""
+"""Which parameters decay, which learn faster, and which are matrices."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normprop.errors import ConfigError
 from normprop.nn import NormPropLayer
@@ -20,6 +21,7 @@ def parameter_groups(
     unit_norm: bool = True,
     lr: float | None = None,
     gain_rate: float = 1.0,
+    matrices: bool = False,
 ) -> list[dict[str, Any]]:
     """Sort the parameters of a model into those that decay, those that do not and those that learn faster.
 
@@ -39,6 +41,8 @@ def parameter_groups(
             (:func:`normprop.training.unit_norm.constrain`); without it they decay like other weights.
         lr: learning rate of the groups, for SGD; without it they take the optimiser's own, all alike.
         gain_rate: how many times ``lr`` the rate of such gains and biases is.
+        matrices: whether weights of linear maps get groups of their own, by their layout, which
+            :class:`normprop.training.Muon` needs to know: ``"matrices": (groups, transposed)``.
 
     Returns:
         One dict per group that has parameters, every parameter in exactly one: a shared parameter counts once, and
@@ -62,6 +66,7 @@ def parameter_groups(
         raise ConfigError(f"parameter_groups: gain_rate={gain_rate} multiplies a learning rate; give it as lr")
     decays: dict[nn.Parameter, bool] = {}
     fast: set[nn.Parameter] = set()
+    layouts: dict[nn.Parameter, tuple[int, bool]] = {}
     for module in model.modules():
         frozen = isinstance(module, (*UNDECAYED, NormPropLayer) if unit_norm else UNDECAYED)
         if gain_rate != 1 and isinstance(module, NormPropLayer) and module.orthogonal:
@@ -70,12 +75,21 @@ def parameter_groups(
         for name, parameter in module.named_parameters(recurse=False):
             decayed = own.get(name, not frozen and parameter.ndim >= 2)
             decays[parameter] = decays.get(parameter, True) and decayed
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p, decayed in decays.items() if decayed], "weight_decay": weight_decay},
-        {"params": [p for p, decayed in decays.items() if not decayed and p not in fast], "weight_decay": 0.0},
-        {"params": [p for p in decays if p in fast], "weight_decay": 0.0},
-    ]
-    if lr is not None:
-        for group, factor in zip(groups, (1.0, 1.0, gain_rate), strict=True):
-            group["lr"] = lr * factor
-    return [group for group in groups if group["params"]]
+            if matrices and parameter.ndim >= 2 and (decayed or isinstance(module, nn.Linear | _ConvNd)):
+                layouts.setdefault(parameter, _layout(module))
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for parameter, decayed in decays.items():
+        layout = layouts.get(parameter)
+        kind = not decayed, parameter in fast, layout or ()
+        group = groups.setdefault(kind, {"params": [], "weight_decay": weight_decay if decayed else 0.0})
+        group["params"].append(parameter)
+        if lr is not None:
+            group["lr"] = lr * (gain_rate if parameter in fast else 1.0)
+        if layout is not None:
+            group["matrices"] = layout
+    return [groups[kind] for kind in sorted(groups)]
+
+
+def _layout(module: nn.Module) -> tuple[int, bool]:
+    """Groups of a convolution, and whether its weight has the layout of a transposed one."""
+    return (module.groups, isinstance(module, _ConvTransposeNd)) if isinstance(module, _ConvNd) else (1, False)

@@ -17,6 +17,7 @@ from normprop.training.adaptive_clip import adaptive_gradient_clip_
 from normprop.training.config import TrainConfig
 from normprop.training.divergence import LossWatch
 from normprop.training.groups import parameter_groups
+from normprop.training.muon import Muon
 from normprop.training.records import EpochRecord
 from normprop.training.unit_norm import constrain, recognize
 
@@ -71,20 +72,22 @@ class Run:
         network = self.model[1] if isinstance(self.model, nn.Sequential) and config.data_norm != "none" else self.model
         self.layers = statistics.watched(network)
         self.dataset = dataset.to(fabric.device)
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(
-                self.model,
-                config.weight_decay,
-                unit_norm=config.unit_norm,
-                lr=config.lr,
-                gain_rate=config.gain_rate,
-            ),
+        groups = parameter_groups(
+            self.model,
+            config.weight_decay,
+            unit_norm=config.unit_norm,
             lr=config.lr,
-            momentum=config.momentum,
+            gain_rate=config.gain_rate,
+            matrices=config.optimizer == "muon",
+        )
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "muon":
+            self.optimizer = Muon(groups, lr=config.lr, momentum=config.momentum)
+        else:
             # One kernel for all parameters. Not under a GradScaler: it forbids clipping, and momentum stays
             # uninitialised memory when the first step is skipped (torch 2.13).
-            fused=config.precision != "16-mixed",
-        )
+            fused = config.precision != "16-mixed"
+            self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = list(self.model.parameters())
         if config.unit_norm:
