@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from normprop import recipes
+from normprop import norms, recipes
 from normprop.errors import ConfigError
 from normprop.nn import Conv2d, Linear
 from normprop.training import parameter_groups
@@ -100,3 +100,32 @@ def test_an_optimiser_takes_them():
 def test_no_empty_groups():
     assert [group["weight_decay"] for group in parameter_groups(nn.BatchNorm1d(3), 0.1)] == [0.0]
     assert [group["weight_decay"] for group in parameter_groups(nn.Linear(3, 2, bias=False), 0.1)] == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("module", "layouts"),
+    [
+        (nn.Linear(2, 3), {"weight": (1, False)}),
+        (nn.Conv2d(4, 6, 3, groups=2), {"weight": (2, False)}),
+        (nn.ConvTranspose1d(4, 6, 3), {"weight": (1, True)}),
+        (Conv2d(4, 6, 3), {"weight": (1, False)}),
+        (nn.MultiheadAttention(4, 2), {"in_proj_weight": (3, False), "out_proj.weight": (1, False)}),
+        (
+            nn.LSTM(3, 4, proj_size=2),
+            {"weight_ih_l0": (4, False), "weight_hh_l0": (4, False), "weight_hr_l0": (1, False)},
+        ),
+        (nn.GRUCell(3, 4), {"weight_ih": (3, False), "weight_hh": (3, False)}),
+        (norms.block("bounded-weight", dims=0)(4, 3), {"linear.linear.weight": (1, False)}),
+        (nn.Sequential(nn.LayerNorm((2, 2)), nn.Embedding(3, 2), nn.PReLU(3)), {}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_matrices_are_known_by_their_layout(module, layouts):
+    by_id = {id(p): name for name, p in module.named_parameters()}
+    groups = parameter_groups(module, 0.01, matrices=True)
+    found = {by_id[id(p)]: group["matrices"] for group in groups if "matrices" in group for p in group["params"]}
+    assert found == layouts
+    assert names(module) == tuple(
+        {by_id[id(p)] for group in groups if (group["weight_decay"] > 0) == decays for p in group["params"]}
+        for decays in (True, False)
+    )

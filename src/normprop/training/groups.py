@@ -13,6 +13,9 @@ from normprop.nn import NormPropLayer
 # Modules whose parameters are not weights of a linear map, however many dimensions they have.
 UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 
+# Queries, keys and values, or the gates of a cell, lie in one weight.
+STACKED = {nn.MultiheadAttention: 3, nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+
 
 def parameter_groups(
     model: nn.Module,
@@ -42,7 +45,8 @@ def parameter_groups(
         lr: learning rate of the groups, for SGD; without it they take the optimiser's own, all alike.
         gain_rate: how many times ``lr`` the rate of such gains and biases is.
         matrices: whether weights of linear maps get groups of their own, by their layout, which
-            :class:`normprop.training.Muon` needs to know: ``"matrices": (groups, transposed)``.
+            :class:`normprop.training.Muon` needs to know: ``"matrices": (count, transposed)``, the number of groups
+            of a convolution or of gates of a cell, and whether the convolution is transposed.
 
     Returns:
         One dict per group that has parameters, every parameter in exactly one: a shared parameter counts once, and
@@ -76,7 +80,7 @@ def parameter_groups(
             decayed = own.get(name, not frozen and parameter.ndim >= 2)
             decays[parameter] = decays.get(parameter, True) and decayed
             if matrices and parameter.ndim >= 2 and (decayed or isinstance(module, nn.Linear | _ConvNd)):
-                layouts.setdefault(parameter, _layout(module))
+                layouts.setdefault(parameter, _layout(module, name))
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter, decayed in decays.items():
         layout = layouts.get(parameter)
@@ -90,6 +94,10 @@ def parameter_groups(
     return [groups[kind] for kind in sorted(groups)]
 
 
-def _layout(module: nn.Module) -> tuple[int, bool]:
-    """Groups of a convolution, and whether its weight has the layout of a transposed one."""
-    return (module.groups, isinstance(module, _ConvTransposeNd)) if isinstance(module, _ConvNd) else (1, False)
+def _layout(module: nn.Module, name: str) -> tuple[int, bool]:
+    """Number of matrices one below the other in a weight, and whether it has the layout of a transposed convolution."""
+    if isinstance(module, _ConvNd):
+        return module.groups, isinstance(module, _ConvTransposeNd)
+    if name.startswith(("in_proj_weight", "weight_ih", "weight_hh")):
+        return next((count for kind, count in STACKED.items() if isinstance(module, kind)), 1), False
+    return 1, False

@@ -60,7 +60,7 @@ class Muon(Optimizer):
 
     Args:
         params: groups from :func:`normprop.training.parameter_groups` with ``matrices=True``. The weights of a group
-            with ``"matrices": (groups, transposed)`` are linear maps, convolutions with that layout among them.
+            with ``"matrices": (count, transposed)`` are as many matrices, one below the other, each for itself.
         lr: learning rate; 0.02 at batch size 8, 0.06 at 128 are good values for small convolutional networks.
         momentum: mu.
         weight_decay: lambda, of groups that do not say.
