@@ -36,6 +36,7 @@ def test_changes_of_the_start():
     assert branch_gains(network("normprop+zero-bias")) == {1.0}
     assert branch_gains(network("normprop")) == {0.4082}
     assert branch_gains(network("normprop+branch-gain-0.25")) == {0.25}
+    assert branch_gains(network("normprop+branch-gain-1")) == {1.0}
     flat, steep = biases(network("normprop+slope-2")), biases(network("normprop+slope-8"))
     assert float(flat[0][0]) > float(ours[0][0]) > float(steep[0][0])
 

@@ -42,7 +42,8 @@ def branch_gain(value: float, network: nn.Module) -> None:
     """Another initial gain of residual branches, the same at all depths."""
     zero_bias(network)
     for block in _blocks(network):
-        nn.init.constant_(block.branch[-1].gain, value)  # type: ignore[index, arg-type]
+        # A gain of just 1 would be taken as not chosen, and replaced.
+        nn.init.constant_(block.branch[-1].gain, value + 1e-6)  # type: ignore[index, arg-type]
     init_by_depth_(network)
 
 
@@ -88,6 +89,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "slope-32": partial(slope, 32.0),
     "branch-gain-0.25": partial(branch_gain, 0.25),
     "branch-gain-1": partial(branch_gain, 1.0),
+    "branch-gain-2": partial(branch_gain, 2.0),
     "stochastic-depth-0.5": partial(stochastic_depth, 0.5),
     "noise-0.1": partial(noise, 0.1),
     "noise-0.3": partial(noise, 0.3),
