@@ -54,9 +54,8 @@ class Muon(Optimizer):
 
     for a matrix of m filters and fan-in n. Every filter moves by about the learning rate, whatever the length of its
     gradient, and what few filters agree on counts as much as what all do. Filters of length 1, as
-    :func:`normprop.training.constrain` keeps them, turn by the learning rate as an angle; near right angles they stay
-    by themselves, so the constraint neither draws them apart nor shortens their gradients. Other parameters take steps
-    of SGD with the same rate and momentum.
+    :func:`normprop.training.constrain` keeps them, turn by the learning rate as an angle; the constraint draws them
+    towards right angles as it does under SGD. Other parameters take steps of SGD with the same rate and momentum.
 
     Args:
         params: groups from :func:`normprop.training.parameter_groups` with ``matrices=True``. The weights of a group

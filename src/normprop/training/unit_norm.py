@@ -58,8 +58,7 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
     filter by more than :data:`MAX_CHANGE`, and those of gains and biases are cut off likewise; at small rates hardly
     any is that long. Every few updates, the more often the higher the rate, filters that an activation follows take one
     step of :func:`normprop.orthogonal.orthogonalize_`, which does change outputs. How far it is to the next one stands
-    in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it was. Weights that
-    :class:`normprop.training.Muon` turns need neither, and are left alone by both.
+    in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
@@ -87,7 +86,6 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     layers = [layer for layer in model.modules() if isinstance(layer, NormPropLayer) and id(layer.weight) in held]
-    turned = {id(weight) for group in optimizer.param_groups if group.get("matrices") for weight in group["params"]}
     for group in _grouped(layers):
         group.normalize()
     groups: dict[tuple[NormPropLayer, ...], list[_Group]] = {}
@@ -102,7 +100,7 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
         before = first.get("turned", 0.0)
         first["turned"] = before + min(1.0, max(1 / EVERY, float(first["lr"]) / FAR))
         if (turn := int(first["turned"])) > int(before):
-            _draw_apart((layer for layer in moved if id(layer.weight) not in turned), turn)
+            _draw_apart(moved, turn)
         if moved not in groups:  # the same layers at almost every step
             groups.clear()
             groups[moved] = _grouped(moved)
