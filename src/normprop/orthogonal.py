@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normprop.fused import at_least_float32
-from normprop.moments.linear import as_rows
+from normprop.moments.linear import as_matrices, from_matrices
 
 
 @torch.no_grad()
@@ -42,13 +42,12 @@ def orthogonalize_(weight: Tensor, *, center: bool = False, groups: int = 1, tra
         >>> torch.allclose(weight @ weight.T, torch.eye(2), atol=1e-3)
         True
     """
-    layout = as_rows(weight, groups) if transposed else weight
-    rows = at_least_float32(layout).reshape(groups, layout.shape[0] // groups, -1)
+    rows = as_matrices(at_least_float32(weight), groups, transposed)
     count, fan_in = rows.shape[1:]
     redundancy = max(1.0, count / max(1, fan_in - center))
     wide = count <= fan_in
     gram = rows @ rows.mT if wide else rows.mT @ rows
     step = 1 / (1 + gram.abs().sum(2).amax(1).view(-1, 1, 1) / redundancy)
     cubed = gram @ rows if wide else rows @ gram
-    moved = (rows * (1 + step) - cubed * (step / redundancy)).reshape(layout.shape)
-    weight.copy_(as_rows(moved, groups) if transposed else moved)  # the change of layout is its own inverse
+    moved = rows * (1 + step) - cubed * (step / redundancy)
+    weight.copy_(from_matrices(moved, weight.shape, transposed))

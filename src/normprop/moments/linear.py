@@ -133,3 +133,28 @@ def as_rows(weight: Tensor, groups: int) -> Tensor:
     """
     fan, out = weight.shape[0] // groups, weight.shape[1]
     return weight.reshape(groups, fan, out, *weight.shape[2:]).transpose(1, 2).flatten(0, 1)
+
+
+def as_matrices(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """A weight as the matrices of its groups, (groups, filters, fan-in).
+
+    Example:
+        >>> as_matrices(torch.zeros(4, 5, 3), groups=2, transposed=True).shape
+        torch.Size([2, 5, 6])
+    """
+    rows = as_rows(weight, groups) if transposed else weight
+    return rows.reshape(groups, len(rows) // groups, -1)
+
+
+def from_matrices(matrices: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+    """The weight of a shape whose matrices these are: the inverse of :func:`as_matrices`.
+
+    Example:
+        >>> weight = torch.rand(4, 5, 3)
+        >>> torch.equal(from_matrices(as_matrices(weight, 2, True), weight.shape, True), weight)
+        True
+    """
+    if not transposed:
+        return matrices.reshape(shape)
+    groups, filters = matrices.shape[:2]
+    return matrices.reshape(groups, filters, shape[0] // groups, -1).transpose(1, 2).reshape(shape)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from normprop.errors import ConfigError
 from normprop.fused import at_least_float32
-from normprop.moments.linear import as_rows
+from normprop.moments.linear import as_matrices, from_matrices
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the quintic a s + b s^3 + c s^5; five times brings every singular value s from (0.01, 1) into (0.68, 1.14)."""
@@ -140,8 +140,7 @@ class Muon(Optimizer):
         ahead = torch._foreach_lerp(gradients, momenta, settings["momentum"])
         alike: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for weight, direction in zip(weights, ahead, strict=True):
-            rows = as_rows(direction, groups) if transposed else direction
-            matrices = at_least_float32(rows).reshape(groups, len(rows) // groups, -1)
+            matrices = as_matrices(at_least_float32(direction), groups, transposed)
             alike[matrices.shape, weight.dtype, weight.device].append((weight, matrices))
         for (shape, _, device), members in alike.items():
             together = torch.cat([matrices for _, matrices in members])
@@ -149,8 +148,6 @@ class Muon(Optimizer):
                 together = together.bfloat16()
             factors = orthogonal_factor(together).mul_(max(1.0, shape[1] / shape[2]) ** 0.5).split(groups)
             for (weight, _), factor in zip(members, factors, strict=True):
-                layout = as_rows(weight, groups).shape if transposed else weight.shape
-                moved = factor.to(weight.dtype).reshape(layout)
                 weight.mul_(1 - settings["lr"] * settings["weight_decay"])
-                # The change of a transposed layout is its own inverse.
-                weight.add_(as_rows(moved, groups) if transposed else moved, alpha=-settings["lr"])
+                moved = from_matrices(factor.to(weight.dtype), weight.shape, transposed)
+                weight.add_(moved, alpha=-settings["lr"])
