@@ -6,7 +6,7 @@ import torch
 from normprop import models
 from normprop.errors import ConfigError
 from normprop.experiments import ablations
-from normprop.nn import NormPropLayer, Residual
+from normprop.nn import Conv2d, ConvTranspose2d, Linear, NormPropLayer, Residual
 
 
 def network(norm):
@@ -57,6 +57,45 @@ def test_noise_is_in_training_alone_and_each_samples_own(change):
         assert not torch.equal(noisy(x), noisy(x))
         same = noisy(x[:1].expand(6, -1, -1, -1))
     assert not torch.allclose(same[0], same[1])
+
+
+def gradients(net, x, loss):
+    net.zero_grad()
+    output = net(x)
+    loss(output).backward()
+    return output.detach(), {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["nin", "resnet14", "unet", "vit"])
+def test_gradients_by_the_batch_change_weights_gradients_alone(name):
+    found = []
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for norm in ("normprop", "normprop+batch-gradient"):
+        torch.manual_seed(0)
+        net = getattr(ablations, name)(norm=norm).double()
+        found.append(gradients(net, x, lambda output: output.square().sum()))
+    (output, ours), (same, theirs) = found
+    torch.testing.assert_close(same, output)
+    layers = [name for name, module in net.named_modules() if isinstance(module, NormPropLayer)]
+    changed = {key for key in ours if not torch.allclose(ours[key], theirs[key], rtol=1e-6, atol=1e-9)}
+    assert changed == {f"{layer}.weight" for layer in layers[:-1]}
+
+
+@pytest.mark.parametrize("layer", [Conv2d(3, 5, 3), ConvTranspose2d(4, 6, 2, stride=2, groups=2), Linear(7, 5)])
+def test_gradients_by_the_batch_are_those_of_batch_norm(layer):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(layer, Linear(2, 2)).double()  # the last one is left alone
+    ablations.batch_gradient(net)
+    x = torch.randn(8, *((layer.in_features,) if isinstance(layer, Linear) else (layer.in_channels, 6, 6))).double()
+    target = torch.randn_like(layer(x))
+    (by_us,) = torch.autograd.grad((layer(x) * target).sum(), layer.weight)
+    plain = type(layer).forward(layer, x)
+    channel = plain.ndim - 1 if isinstance(layer, Linear) else 1
+    others = [axis for axis in range(plain.ndim) if axis != channel]
+    std = plain.std(others, keepdim=True, correction=0).detach()
+    normalized = torch.nn.functional.batch_norm(plain, None, None, training=True, eps=1e-20)
+    (expected,) = torch.autograd.grad((normalized * std * target).sum(), layer.weight)
+    torch.testing.assert_close(by_us, expected)
 
 
 def test_noise_leaves_the_mean_of_a_linear_branch():

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop import models
+from normprop import models, moments
 from normprop.errors import ConfigError
+from normprop.functional import activate, normalize_weight
 from normprop.nn import NormPropLayer, Residual, init_by_depth_
 
 
@@ -64,6 +65,40 @@ def noise(size: float, network: nn.Module) -> None:
         layer.register_forward_hook(partial(_noisy, size))
 
 
+def batch_gradient(network: nn.Module) -> None:
+    """Predict as ever, but take the gradients of all weights but the head's as through the statistics of the batch.
+
+    What a change of a filter does to mean and variance of its pre-activations over the batch is then left out of its
+    gradient, as with batch norm; outputs and all other gradients stay as they are.
+    """
+    for layer in _layers(network)[:-1]:
+        layer.forward = partial(_by_batch, layer)  # type: ignore[method-assign]
+
+
+def _by_batch(layer: NormPropLayer, input: Tensor) -> Tensor:
+    rule = moments.resolve(layer.activation)
+    constants = layer._constants(rule)
+
+    def linear(input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        filters = normalize_weight(
+            weight,
+            scale * layer._phases**0.5,
+            center=layer.center,
+            groups=layer.groups,
+            transposed=layer._transposed,
+        )
+        return layer._linear(input, filters, shift)
+
+    output = linear(input, layer.weight.detach(), constants.scale, constants.shift)
+    if layer.training:
+        same = linear(input.detach(), layer.weight, constants.scale.detach(), constants.shift.detach())
+        others = [axis for axis in range(same.ndim) if axis != same.ndim - 1 - layer._spatial_dims]
+        mean, std = same.mean(others, keepdim=True), same.std(others, keepdim=True, correction=0).clamp_min(1e-3)
+        unit = (same - mean) / std
+        output = output + (unit - unit.detach()) * std.detach()  # zero, but for its gradient
+    return activate(output, rule, constants, layer._spatial_dims)
+
+
 def _dropped(rate: float, module: nn.Module, _: Any, output: Tensor) -> Tensor:
     if not module.training:
         return output
@@ -93,6 +128,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "stochastic-depth-0.5": partial(stochastic_depth, 0.5),
     "noise-0.1": partial(noise, 0.1),
     "noise-0.3": partial(noise, 0.3),
+    "batch-gradient": batch_gradient,
 }
 
 
