@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normprop.decoupled import decoupled
+from normprop.errors import ConfigError
 from normprop.fused import LiveReLU, NormalizeFilters
 from normprop.prepared import Constants, Convolution, Filters, Prepared, as_rows
 
@@ -99,7 +101,7 @@ class _Normalized(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, prepared: Prepared
     ) -> tuple[Tensor, Tensor | float | None]:
         """Return the output; keep the input, the parameters and what was prepared."""
-        filters, constants, factor, _, convolution = prepared
+        filters, constants, factor, _, convolution, inputs = prepared
         shift, mean = constants.shift, constants.mean
         dtype = weight.dtype
         ctx.input_dtype = input.dtype
@@ -117,6 +119,9 @@ class _Normalized(torch.autograd.Function):
             effective = scaled(weight, factor, filters.mean).to(dtype)
             output = _linear(input, effective, shift.to(dtype), convolution)
         ctx.prepared = prepared
+        if inputs is not None:
+            inputs.measure(input, output, weight, convolution)
+            ctx.moments = inputs.mean, inputs.covariance
         ctx.save_for_backward(input, weight, gain, bias)
         ctx.set_materialize_grads(False)
         return output, mean.detach() if isinstance(mean, Tensor) else mean
@@ -128,11 +133,13 @@ class _Normalized(torch.autograd.Function):
             return None, None, None, None, None
         input, weight, gain, bias = ctx.saved_tensors
         prepared: Prepared = ctx.prepared
-        filters, constants, factor, center, convolution = prepared
+        filters, constants, factor, center, convolution, inputs = prepared
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
+            if inputs is not None:
+                raise ConfigError("decoupled gradients have no derivatives: remove them before asking for some")
             return _differentiable((input, weight, gain, bias), prepared, grad, by_mean, needs)
-        shift = needs[2] or needs[3]
+        shift = needs[2] or needs[3] or inputs is not None
         own = needs[1] or needs[2] or (shift and isinstance(constants.slopes, tuple))  # live: the bias moves the scale
         if ctx.after:
             _, by_weight, by_shift = _linear_backward(grad, input, weight, convolution, (False, own, shift))
@@ -145,6 +152,8 @@ class _Normalized(torch.autograd.Function):
         by_scale = None
         if by_weight is not None:
             by_weight, by_scale = filters_backward(by_weight, weight, constants.scale, filters, center)
+            if inputs is not None and by_shift is not None:
+                by_weight = _decoupled(by_weight, by_scale, by_shift, weight, prepared, ctx.moments)
         by_gain, by_bias = _constants_backward(constants, by_scale, by_shift, by_mean)
         if by_input is not None and by_input.dtype != ctx.input_dtype:
             by_input = by_input.to(ctx.input_dtype)
@@ -276,6 +285,20 @@ def filters_backward(
     return like(by_rows, weight), by_scale.view(-1)
 
 
+def _decoupled(
+    grad: Tensor, by_scale: Tensor, by_shift: Tensor, weight: Tensor, prepared: Prepared, moments: tuple[Tensor, Tensor]
+) -> Tensor:
+    filters, _, factor, center, _, _ = prepared
+    layout = _layout(weight)
+    mean, covariance = (as_rows(moment.contiguous(memory_format=layout)) for moment in moments)
+    if center:
+        mean, covariance = (rows - rows.mean(1, keepdim=True) for rows in (mean, covariance))
+    mean = mean.repeat_interleave(len(weight) // len(mean), 0)
+    rows = as_rows(weight) if filters.mean is None else as_rows(weight) - filters.mean
+    rows = rows / filters.norm
+    return like(decoupled(as_rows(grad), by_scale, by_shift.to(rows.dtype), rows, factor, mean, covariance), weight)
+
+
 def _layout(weight: Tensor) -> torch.memory_format:
     """Memory format of a weight."""
     if weight.is_contiguous() or weight.ndim < 4:
@@ -303,7 +326,7 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, from the layer composed of ordinary operators."""
     input, weight, gain, bias = inputs
-    _, constants, _, center, convolution = prepared
+    _, constants, _, center, convolution, _ = prepared
     groups = 1 if convolution is None else convolution.groups
     bias = torch.zeros_like(gain) if bias is None else bias
     outputs, grads = [], [grad]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normprop.decoupled import InputMoments
 from normprop.fused import LiveReLU, filter_statistics, rounding
 
 
@@ -42,13 +43,17 @@ class Constants(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What :func:`layer` needs beside the tensors that it is differentiated by; factor is scale / norm, (out, 1)."""
+    """What :func:`layer` needs beside the tensors that it is differentiated by; factor is scale / norm, (out, 1).
+
+    With moments of the input they are measured in the forward pass, and the weight's gradient is decoupled.
+    """
 
     filters: Filters
     constants: Constants
     factor: Tensor
     center: bool
     convolution: Convolution | None
+    inputs: InputMoments | None = None
 
 
 @torch.no_grad()

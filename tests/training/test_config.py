@@ -27,6 +27,7 @@ WRONG = {
     "devices": [0, "auto"],
     "unit_norm": [1, None],
     "gain_rate": [0, -1.0, float("inf"), "4", None],
+    "decouple": [1, None],
     "channels_last": [1, None],
 }
 

@@ -61,6 +61,9 @@ def _settings(
     ] = None,
     unit_norm: Annotated[bool, _training("Keep the filters of NormProp layers at unit norm.")] = True,
     gain_rate: Annotated[float, _training("Rate of NormProp gains and biases, in rates of their filters.")] = 1.0,
+    decouple: Annotated[
+        bool, _training("Keep mean and scale of pre-activations out of the gradients of NormProp filters.")
+    ] = False,
     precision: Annotated[str, _training("32-true, bf16-mixed, 16-mixed, ...")] = "32-true",
     accelerator: Annotated[str, _training("auto, cpu, gpu, cuda or mps.")] = "auto",
     devices: Annotated[int, _training("Processes that share each batch.")] = 1,
@@ -99,6 +102,7 @@ def _settings(
             devices=devices,
             unit_norm=unit_norm,
             gain_rate=gain_rate,
+            decouple=decouple,
             channels_last=channels_last,
         ),
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normprop import moments as M
 from normprop import operator
+from normprop.decoupled import InputMoments
 from normprop.errors import ConfigError
 from normprop.functional import (
     MomentKind,
@@ -38,6 +39,7 @@ from normprop.prepared import (
     Constants,
     Convolution,
     Filters,
+    Prepared,
     filters_of,
     fixed_constants,
     live_constants,
@@ -68,6 +70,7 @@ class NormPropLayer(nn.Module):
     _transposed: bool = False
     _spatial_dims: int = 0
     _known: Known | None = None
+    _inputs: InputMoments | None = None  # with them the weight's gradients are decoupled
     _ndims: Container[int] = ()  # of inputs for which the layer may run as one function
 
     def __init__(
@@ -158,6 +161,11 @@ class NormPropLayer(nn.Module):
                 return self._as_known(input, known)
             if self.fusable:
                 return self._fused(input)
+        if self._inputs is not None and self.training and torch.is_grad_enabled():
+            raise ConfigError(
+                f"{type(self).__name__}: decoupled gradients are for eager training in single or double precision, "
+                "without transforms such as vmap and without a compiler; remove them here"
+            )
         rule = M.resolve(self.activation)
         if not self._transposed and operator.available(self.weight, self.gain, self.bias):
             return self._compiled(input, rule, *args)
@@ -190,7 +198,7 @@ class NormPropLayer(nn.Module):
 
     def _as_known(self, input: Tensor, known: Known) -> Tensor:
         """Apply the layer with what is known of its parameters."""
-        output = layer(self._batched(input), self.weight, self.gain, self.bias, known.prepared)
+        output = layer(self._batched(input), self.weight, self.gain, self.bias, self._decoupled(known.prepared))
         output = self._shaped(output, input)
         if known.moments is None:
             return output
@@ -214,11 +222,17 @@ class NormPropLayer(nn.Module):
         filters = filters_of(self.weight, self.center)
         if rule.name in ("relu", "identity"):
             prepared = prepare(filters, self.own_constants(self.gain, self.bias), self.center, self._convolution)
-            return self._shaped(layer(rows, self.weight, self.gain, self.bias, prepared), input)
+            return self._shaped(layer(rows, self.weight, self.gain, self.bias, self._decoupled(prepared)), input)
         normal = self._constants(rule)
         prepared = prepare(filters, Constants(normal.scale, normal.shift, None, 1.0), self.center, self._convolution)
-        output = self._shaped(layer(rows, self.weight, normal.scale, normal.shift, prepared), input)
+        output = layer(rows, self.weight, normal.scale, normal.shift, self._decoupled(prepared))
+        output = self._shaped(output, input)
         return activate(output, rule, normal, self._spatial_dims)
+
+    def _decoupled(self, prepared: Prepared) -> Prepared:
+        if self._inputs is None or not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
+            return prepared
+        return prepared._replace(inputs=self._inputs)
 
     @property
     def knowable(self) -> bool:

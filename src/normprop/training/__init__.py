@@ -5,9 +5,19 @@ alone and serves any training loop.
 """
 
 from normprop.training.config import TrainConfig
+from normprop.training.decouple import decouple
 from normprop.training.groups import parameter_groups
 from normprop.training.muon import Muon
 from normprop.training.records import EpochRecord, LayerRecord, TrainResult
 from normprop.training.unit_norm import constrain
 
-__all__ = ["EpochRecord", "LayerRecord", "Muon", "TrainConfig", "TrainResult", "constrain", "parameter_groups"]
+__all__ = [
+    "EpochRecord",
+    "LayerRecord",
+    "Muon",
+    "TrainConfig",
+    "TrainResult",
+    "constrain",
+    "decouple",
+    "parameter_groups",
+]

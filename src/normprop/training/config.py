@@ -41,6 +41,8 @@ class TrainConfig:
         devices: number of training processes.
         unit_norm: whether NormProp weights are kept at unit norm after each update.
         gain_rate: how many times the learning rate of their filters NormProp gains and biases have.
+        decouple: whether NormProp filters' gradients leave out mean and scale of their pre-activations
+            (:func:`normprop.training.decouple`).
         channels_last: whether images and the weights of two-dimensional convolutions lie channels last in memory, which
             changes results by rounding alone.
 
@@ -75,6 +77,7 @@ class TrainConfig:
     devices: int = 1
     unit_norm: bool = True
     gain_rate: float = 1.0
+    decouple: bool = False
     channels_last: bool = False
 
     def __post_init__(self) -> None:
@@ -158,6 +161,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "devices": (_whole(1), "a whole number of at least 1"),
     "unit_norm": (lambda value: isinstance(value, bool), "True or False"),
     "gain_rate": (_positive, "a finite number above 0"),
+    "decouple": (lambda value: isinstance(value, bool), "True or False"),
     "channels_last": (lambda value: isinstance(value, bool), "True or False"),
 }
 

@@ -15,6 +15,7 @@ from normprop.nn import DataNorm
 from normprop.training import random_state, schedules, statistics
 from normprop.training.adaptive_clip import adaptive_gradient_clip_
 from normprop.training.config import TrainConfig
+from normprop.training.decouple import decouple
 from normprop.training.divergence import LossWatch
 from normprop.training.groups import parameter_groups
 from normprop.training.muon import Muon
@@ -92,6 +93,7 @@ class Run:
         self.parameters = list(self.model.parameters())
         if config.unit_norm:
             constrain(self.optimizer, self.model)
+        self.decoupling = decouple(self.model) if config.decouple else None
         if fabric.global_rank > 0:  # dropout masks of its own for each process
             random_state.seed((config.seed + fabric.global_rank) % 2**32)
 
@@ -241,6 +243,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "decoupling": {} if self.decoupling is None else self.decoupling.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "order": self.order.get_state(),
             "augmentation": self.augmentation.get_state(),
@@ -261,6 +264,8 @@ class Run:
         if self.config.unit_norm:
             recognize(self.model)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.decoupling is not None:
+            self.decoupling.load_state_dict(state["decoupling"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.order.set_state(state["order"])
         self.augmentation.set_state(state["augmentation"])
