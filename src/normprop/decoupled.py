@@ -9,13 +9,17 @@ from torch import Tensor
 STEEPEST = 30.0
 """Longest direction, in lengths of its filter: along one at right angles to its filter the scale cannot be held."""
 
+ENOUGH = 2
+"""Images of a batch that are measured, at least, in spans."""
+
 
 class InputMoments:
     r"""What a layer's filters see in training: mean patch m and, for each filter, the direction that scales its output.
 
     .. math:: d_i = C w_i / (w_i' C w_i), \quad C = E[(x - m) (x - m)']
 
-    Averages over about the last ``span`` samples, the batch at hand included.
+    Averages over about the last ``span`` samples, the batch at hand included. Of a batch of many images every so many
+    are measured.
 
     Args:
         span: samples that the averages reach back.
@@ -44,27 +48,32 @@ class InputMoments:
             weight: (out, in / groups, *kernel).
             convolution: its numbers (:class:`normprop.prepared.Convolution`), or ``None`` for a matrix.
         """
+        if convolution is not None:  # an image has many positions: a few of many images will do
+            every = max(1, int(len(input) / (ENOUGH * self.span)))
+            input, output = input[::every], output[::every]
         about = output - output.mean([0, *range(2, output.ndim)], keepdim=True)
         average = input.mean(0, keepdim=True)
         count = output.numel() // output.shape[1]
         if convolution is None:
             covariance, mean = about.mT @ input, average
         else:
-            stride, padding, dilation, groups = convolution
-            ones = output.new_ones(1, groups, *output.shape[2:])
-            covariance, mean = (
-                torch.ops.aten.convolution_backward(
-                    by, of, like.to(of.dtype), None, stride, padding, dilation, False, [0] * len(stride), groups,
-                    (False, True, False),
-                )[1]
-                for by, of, like in ((about, input, weight), (ones, average, weight[:groups]))
-            )  # fmt: skip
-            mean = mean / math.prod(output.shape[2:])
+            ones = output.new_ones(1, convolution.groups, *output.shape[2:])
+            covariance = _by_weight(about, input, weight, convolution)
+            mean = _by_weight(ones, average, weight[: convolution.groups], convolution) / math.prod(output.shape[2:])
         share = 1 - math.exp(-len(input) / self.span)
         self.known += share * (1 - self.known)
         share /= self.known  # of what is known by now, so that the first batch counts in full
         self.mean = _average(self.mean, mean.to(weight.dtype), share)
         self.covariance = _average(self.covariance, (covariance / count).to(weight.dtype), share)
+
+
+def _by_weight(grad: Tensor, input: Tensor, weight: Tensor, convolution: Any) -> Tensor:
+    stride, padding, dilation, groups = convolution
+    zero = [0] * len(stride)
+    outcome: tuple[Any, Tensor, Any] = torch.ops.aten.convolution_backward(
+        grad, input, weight.to(grad.dtype), None, stride, padding, dilation, False, zero, groups, (False, True, False)
+    )
+    return outcome[1]
 
 
 def _average(before: Tensor | None, value: Tensor, share: float) -> Tensor:

@@ -58,7 +58,7 @@ def test_with_the_batch_alone_they_are_those_through_its_statistics(make, constr
     layer, x = net[0], _input(net[0])
     by = torch.randn_like(layer(x))
     plain = _gradients(layer, x, by)
-    decouple(net, span=1e-6)
+    decouple(net)  # what is measured first counts in full
     ours = _gradients(layer, x, by)
     twin = copy.deepcopy(net)
     twin[0]._inputs = None
@@ -95,6 +95,15 @@ def test_averages_reach_back():
     )
     covariances = torch.stack([torch.cov(x.T, correction=0) for x in batches])
     torch.testing.assert_close(moments.covariance, (shares.view(-1, 1, 1) * covariances).sum(0))
+
+
+def test_of_many_images_every_so_many_are_measured():
+    torch.manual_seed(0)
+    layer, x = Conv2d(3, 5, 3), torch.randn(100, 3, 6, 6)
+    all_of_them, some = InputMoments(span=50), InputMoments(span=2)
+    for moments, images in ((all_of_them, x[::25]), (some, x)):
+        moments.measure(images, layer._linear(images, layer.weight, layer.bias), layer.weight, layer._convolution)
+    torch.testing.assert_close((some.mean, some.covariance), (all_of_them.mean, all_of_them.covariance))
 
 
 def test_the_mean_patch_knows_the_padding():
