@@ -53,18 +53,20 @@ class InputMoments:
             input, output = input[::every], output[::every]
         about = output - output.mean([0, *range(2, output.ndim)], keepdim=True)
         average = input.mean(0, keepdim=True)
-        count = output.numel() // output.shape[1]
+        small = (output.shape[1] / output.numel()) ** 0.5  # before a sum and after it: half precision ends early
+        about = about * small
         if convolution is None:
             covariance, mean = about.mT @ input, average
         else:
-            ones = output.new_ones(1, convolution.groups, *output.shape[2:])
+            even = math.prod(output.shape[2:]) ** -0.5
+            ones = output.new_full((1, convolution.groups, *output.shape[2:]), even)
             covariance = _by_weight(about, input, weight, convolution)
-            mean = _by_weight(ones, average, weight[: convolution.groups], convolution) / math.prod(output.shape[2:])
+            mean = _by_weight(ones, average, weight[: convolution.groups], convolution).to(weight.dtype) * even
         share = 1 - math.exp(-len(input) / self.span)
         self.known += share * (1 - self.known)
         share /= self.known  # of what is known by now, so that the first batch counts in full
         self.mean = _average(self.mean, mean.to(weight.dtype), share)
-        self.covariance = _average(self.covariance, (covariance / count).to(weight.dtype), share)
+        self.covariance = _average(self.covariance, covariance.to(weight.dtype) * small, share)
 
 
 def _by_weight(grad: Tensor, input: Tensor, weight: Tensor, convolution: Any) -> Tensor:
@@ -77,7 +79,8 @@ def _by_weight(grad: Tensor, input: Tensor, weight: Tensor, convolution: Any) ->
 
 
 def _average(before: Tensor | None, value: Tensor, share: float) -> Tensor:
-    return value if before is None else before.lerp(value, share)  # anew: backward passes to come hold the one before
+    # Anew: backward passes to come hold the one before.
+    return value if before is None else before.to(value).lerp(value, share)
 
 
 def decoupled(

@@ -119,7 +119,7 @@ class _Normalized(torch.autograd.Function):
             effective = scaled(weight, factor, filters.mean).to(dtype)
             output = _linear(input, effective, shift.to(dtype), convolution)
         ctx.prepared = prepared
-        if inputs is not None:
+        if inputs is not None and len(input):
             inputs.measure(input, output, weight, convolution)
             ctx.moments = inputs.mean, inputs.covariance
         ctx.save_for_backward(input, weight, gain, bias)
@@ -152,7 +152,7 @@ class _Normalized(torch.autograd.Function):
         by_scale = None
         if by_weight is not None:
             by_weight, by_scale = filters_backward(by_weight, weight, constants.scale, filters, center)
-            if inputs is not None and by_shift is not None:
+            if inputs is not None and by_shift is not None and len(input):
                 by_weight = _decoupled(by_weight, by_scale, by_shift, weight, prepared, ctx.moments)
         by_gain, by_bias = _constants_backward(constants, by_scale, by_shift, by_mean)
         if by_input is not None and by_input.dtype != ctx.input_dtype:

@@ -141,6 +141,21 @@ def test_under_autocast_as_in_single_precision():
     assert torch.nn.functional.cosine_similarity(*(grad.flatten() for grad in found), dim=0) > 0.995
 
 
+def test_sums_of_half_precision_do_not_overflow():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(80_000, 2)
+    moments = InputMoments(span=16)
+    moments.measure(x.half(), x.half(), torch.eye(2), None)
+    torch.testing.assert_close(moments.covariance, torch.cov(x.T, correction=0), rtol=0.01, atol=0.05)
+
+
+def test_an_empty_batch_is_no_matter():
+    net = _network(Conv2d(3, 5, 3, activation="relu"))
+    handle = decouple(net)
+    assert _gradients(net[0], _input(net[0], 0), torch.zeros(0, 5, 4, 4))[2].abs().max() == 0
+    assert handle.state_dict() == {}
+
+
 def test_only_training_measures():
     net = _network(Linear(7, 5, activation="relu"))
     decouple(net)
@@ -173,6 +188,8 @@ def test_what_was_measured_is_saved():
     x = _input(nets[0][0])
     by = torch.randn_like(nets[0][0](x).detach())
     first.load_state_dict(second.state_dict())
+    with pytest.raises(ConfigError, match=r"^decouple: the state is another network's: no layer 7 here$"):
+        first.load_state_dict({"7": {}})
     torch.testing.assert_close(_gradients(nets[0][0], x, by), _gradients(nets[1][0], x, by), rtol=0, atol=0)
 
 

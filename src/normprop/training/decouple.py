@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from normprop.decoupled import InputMoments
 from normprop.errors import ConfigError
@@ -13,27 +13,32 @@ from normprop.nn import NormPropLayer
 class Decoupling(NamedTuple):
     """Decoupled gradients of a network, until they are removed."""
 
-    layers: dict[str, NormPropLayer]
+    layers: dict[str, tuple[NormPropLayer, InputMoments]]
 
     def remove(self) -> None:
         """Give the layers their plain gradients back."""
-        for layer in self.layers.values():
+        for layer, _ in self.layers.values():
             layer._inputs = None
 
-    def state_dict(self) -> dict[str, dict[str, Tensor | float]]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what was measured by now, by layer."""
         return {
             name: {"mean": inputs.mean, "covariance": inputs.covariance, "known": inputs.known}
-            for name, layer in self.layers.items()
-            if (inputs := layer._inputs) is not None and inputs.mean is not None and inputs.covariance is not None
+            for name, (_, inputs) in self.layers.items()
+            if inputs.known
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigError: for a layer that there is not.
+        """
+        if unknown := sorted(set(state) - set(self.layers)):
+            raise ConfigError(f"decouple: the state is another network's: no layer {', '.join(unknown)} here")
         for name, measured in state.items():
-            inputs, weight = self.layers[name]._inputs, self.layers[name].weight
-            assert inputs is not None
-            inputs.mean, inputs.covariance = (measured[key].to(weight) for key in ("mean", "covariance"))
+            layer, inputs = self.layers[name]
+            inputs.mean, inputs.covariance = (measured[key].to(layer.weight) for key in ("mean", "covariance"))
             inputs.known = measured["known"]
 
 
@@ -77,10 +82,10 @@ def decouple(model: nn.Module, *, span: float = 16.0) -> Decoupling:
     if not (math.isfinite(span) and span > 0):
         raise ConfigError(f"decouple: span must be a finite number of samples above 0, got {span!r}")
     layers = {
-        name: module
+        name: (module, InputMoments(span))
         for name, module in model.named_modules()
         if isinstance(module, NormPropLayer) and not module._transposed
     }
-    for layer in layers.values():
-        layer._inputs = InputMoments(span)
+    for layer, inputs in layers.values():
+        layer._inputs = inputs
     return Decoupling(layers)
