@@ -51,7 +51,7 @@ def decouple(model: nn.Module, *, span: float = 16.0) -> Decoupling:
     included, and s the sum of the gradients of the pre-activation. It is what batch norm's backward pass does to the
     gradients of its weights; forward passes stay what they are, functions of one sample, and gains and biases, which
     set mean and scale, keep their gradients. With :class:`normprop.training.Muon` it takes residual networks past
-    batch norm, with SGD it changes little (docs/results/learning.md).
+    batch norm, with SGD it changes little, and a U-Net is worse with it (docs/results/learning.md).
 
     All NormProp layers take part but transposed convolutions. They train eagerly, in single or double precision or
     under autocast; per-sample gradients, a compiler and derivatives of gradients are refused.
