@@ -1,5 +1,6 @@
 """Running the command line in this process and in one of its own."""
 
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -51,6 +52,14 @@ def here(capfd):
         return SimpleNamespace(returncode=returncode, **capfd.readouterr()._asdict())
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
