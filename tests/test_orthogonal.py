@@ -5,8 +5,8 @@ from torch import Tensor
 from normprop import norms, recipes
 from normprop.nn import Conv2d, ConvTranspose2d, Linear, NormPropLayer
 from normprop.orthogonal import orthogonalize_
-from normprop.training import constrain
-from normprop.training.unit_norm import EACH, EVERY, FAR
+from normprop.training import Muon, constrain, parameter_groups
+from normprop.training.unit_norm import DEEP, EACH, EVERY, FAR
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -124,6 +124,26 @@ def test_the_constraint_draws_filters_apart_every_few_steps(layer):
     assert coherence(network[1]) == pytest.approx(papers, abs=0.02)
     assert coherence(network[2]) == pytest.approx(last, abs=0.02)  # no activation
     torch.testing.assert_close(filters_of(network[0]).norm(dim=1), torch.ones(8), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "depth", "drawn"),
+    [("sgd", 2, True), ("muon", DEEP, False), ("muon", DEEP + 1, True), ("adam", 2, False)],
+)
+def test_who_chooses_the_length_of_its_steps_needs_right_angles_in_deep_networks_alone(optimizer, depth, drawn):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(*[Conv2d(3, 3, 3, padding=1, activation="relu") for _ in range(depth)])
+    steps = {
+        "sgd": lambda: torch.optim.SGD(network.parameters(), lr=1e-5),
+        "muon": lambda: Muon(parameter_groups(network, 0.0, matrices=True), lr=1e-5),
+        "adam": lambda: torch.optim.Adam(network.parameters(), lr=1e-5),
+    }
+    made = steps[optimizer]()
+    constrain(made, network)
+    before = coherence(network[0])
+    train(network, made, 3 * EVERY)
+    assert (coherence(network[0]) < 0.5 * before) == drawn
+    assert drawn or coherence(network[0]) == pytest.approx(before, abs=0.01)
 
 
 def test_a_saved_optimiser_goes_on_counting():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from normprop import models, recipes
 from normprop.errors import ConfigError
 from normprop.nn import Conv2d, Linear, Residual
-from normprop.nn.initial import SLOPE, init_by_depth_, offset, total_slope
+from normprop.nn.initial import SLOPE, activations_in_sequence, init_by_depth_, offset, total_slope
 
 
 def slope_by_quadrature(function, rho):
@@ -102,3 +102,24 @@ def test_a_shallow_network_needs_no_bias():
 def test_one_line_for_a_slope_that_cannot_be():
     with pytest.raises(ConfigError, match="slope must be above 1, got 1"):
         init_by_depth_(torch.nn.Identity(), 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (models.mlp((3, 2, 2), 10, depth=5, hidden_features=4), 5),
+        (models.nin(3, 10, width=0.125), 8),
+        (models.resnet(14, 3, 10), 7),  # the stem and six sums
+        (models.unet(3, 2, width=0.5, dims=2), 4),  # two at the top of the way down and of that up
+        (models.mlp((3, 2, 2), 10, depth=5, norm="batch"), 0),
+    ],
+)
+def test_activations_outside_of_branches_are_counted(network, expected):
+    assert activations_in_sequence(network) == expected
+
+
+def test_a_projection_on_the_skip_path_counts():
+    branch = torch.nn.Sequential(Linear(4, 4, activation="relu"), Linear(4, 4))
+    shortcut = Linear(4, 4, activation="tanh")
+    assert activations_in_sequence(Residual(branch, shortcut, activation="relu", spatial_dims=0)) == 2
+    assert activations_in_sequence(Residual(branch, activation=None, spatial_dims=0)) == 0

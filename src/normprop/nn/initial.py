@@ -99,6 +99,32 @@ def total_slope(module: nn.Module, slope: float, start: float = 1.0) -> float:
     return start
 
 
+def activations_in_sequence(module: nn.Module) -> int:
+    """Count the activations of NormProp layers and residual sums that follow one another, outside of branches.
+
+    Children are taken to run in their order, and of :class:`Skip` the skip alone counts, as in :func:`total_slope`.
+
+    Args:
+        module: the network.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> from normprop import models
+        >>> [activations_in_sequence(network) for network in (models.nin(3, 10), models.resnet(20, 3, 10))]
+        [8, 10]
+    """
+    if isinstance(module, NormPropLayer):
+        return int(M.resolve(module.activation).name != "identity")
+    if isinstance(module, Residual):
+        ahead = 0 if module.shortcut is None else activations_in_sequence(module.shortcut)
+        return ahead + int(M.resolve(module.activation).name != "identity")
+    if isinstance(module, Skip):
+        return 0
+    return sum(activations_in_sequence(child) for child in module._modules.values() if child is not None)
+
+
 @torch.no_grad()
 def init_by_depth_(network: nn.Module, slope: float = SLOPE) -> nn.Module:
     r"""Set the biases of a network's layers, and the gains of its residual branches, by its depth.

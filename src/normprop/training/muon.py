@@ -55,7 +55,7 @@ class Muon(Optimizer):
     for a matrix of m filters and fan-in n. Every filter moves by about the learning rate, whatever the length of its
     gradient, and what few filters agree on counts as much as what all do. Filters of length 1, as
     :func:`normprop.training.constrain` keeps them, turn by the learning rate as an angle; the constraint draws them
-    towards right angles as it does under SGD. Other parameters take steps of SGD with the same rate and momentum.
+    towards right angles in deep networks alone. Other parameters take steps of SGD with the same rate and momentum.
 
     Args:
         params: groups from :func:`normprop.training.parameter_groups` with ``matrices=True``. The weights of a group

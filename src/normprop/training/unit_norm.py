@@ -1,6 +1,6 @@
 """The unit-norm constraint: after each update every filter of a NormProp layer goes back to length 1.
 
-Where a layer asks for it, no update turns a filter far, and every few updates draw filters towards right angles.
+Where a layer asks for it, no update of SGD turns a filter far, and every few updates draw filters towards right angles.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from normprop import moments as M
 from normprop.nn import NormPropLayer
+from normprop.nn.initial import activations_in_sequence
 from normprop.nn.known import constants_together
 from normprop.nn.known_moments import moments_together
 from normprop.prepared import Filters, as_rows, normalize_rows_, unit_filters
@@ -24,6 +25,9 @@ EVERY = 8
 
 FAR = 0.16
 """or when the learning rates since the last one sum to this: filters turn further in an update at a higher rate."""
+
+DEEP = 16
+"""Under other optimisers than SGD only networks of more activations than this, one after the other, take such steps."""
 
 EACH = 128
 """Layers wait that many times longer as they have this many filters, each of which is multiplied by all others."""
@@ -57,8 +61,11 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
     shortened (:func:`normprop.training.turn.bound_turns_`) so that, at the present rate and momentum, none turns its
     filter by more than :data:`MAX_CHANGE`, and those of gains and biases are cut off likewise; at small rates hardly
     any is that long. Every few updates, the more often the higher the rate, filters that an activation follows take one
-    step of :func:`normprop.orthogonal.orthogonalize_`, which does change outputs. How far it is to the next one stands
-    in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on where it was.
+    step of :func:`normprop.orthogonal.orthogonalize_`, which does change outputs; under optimisers that choose the
+    length of their steps by themselves, as :class:`normprop.training.Muon`, in networks of more than :data:`DEEP`
+    activations one after the other alone: there it is needed, elsewhere it costs (docs/results/learning.md). How far it
+    is to the next one stands in the optimiser's first parameter group, ``"turned"``, so that its saved state goes on
+    where it was.
 
     Forward passes in training mode then rely on the length 1 until a weight changes. Writing to a weight through
     ``.data`` between a step and the next forward pass goes unnoticed: write to it under ``torch.no_grad()`` instead.
@@ -89,6 +96,7 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
     for group in _grouped(layers):
         group.normalize()
     groups: dict[tuple[NormPropLayer, ...], list[_Group]] = {}
+    apart = isinstance(optimizer, SGD) or activations_in_sequence(model) > DEEP
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers skip inside their kernel: a GradScaler calls step() all the same and sets found_inf.
@@ -99,7 +107,7 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
         first = optimizer.param_groups[0]
         before = first.get("turned", 0.0)
         first["turned"] = before + min(1.0, max(1 / EVERY, float(first["lr"]) / FAR))
-        if (turn := int(first["turned"])) > int(before):
+        if apart and (turn := int(first["turned"])) > int(before):
             _draw_apart(moved, turn)
         if moved not in groups:  # the same layers at almost every step
             groups.clear()
