@@ -12,6 +12,7 @@ from normprop.fused import filters
 from normprop.nn import Conv2d, ConvTranspose2d, Linear
 from normprop.training import Muon, constrain, parameter_groups
 from normprop.training.muon import orthogonal_factor
+from normprop.training.unit_norm import DEEP
 
 
 def _step(model: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> Muon:
@@ -111,6 +112,19 @@ def test_filters_turn_by_the_rate_whatever_the_gradient():
         assert angle.min() > 0.02
         assert angle.max() < 0.06
         assert torch.allclose(layer.weight.norm(dim=1), torch.ones(16))
+
+
+def test_constraint_draws_filters_of_a_deep_network_apart_between_steps():
+    torch.manual_seed(0)
+    network = nn.Sequential(*[Linear(8, 4, activation="relu") for _ in range(DEEP + 1)])
+    optimizer = Muon(parameter_groups(network, 0.0, matrices=True), lr=1e-9)
+    constrain(optimizer, network)
+    for _ in range(200):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    for layer in network:
+        assert torch.allclose(layer.weight @ layer.weight.T, torch.eye(4), atol=1e-3)
 
 
 def test_closure_and_saved_state_go_on_where_they_were():

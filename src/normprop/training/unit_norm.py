@@ -96,7 +96,8 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
     for group in _grouped(layers):
         group.normalize()
     groups: dict[tuple[NormPropLayer, ...], list[_Group]] = {}
-    apart = isinstance(optimizer, SGD) or activations_in_sequence(model) > DEEP
+    bounding = isinstance(optimizer, SGD)  # others choose the length of their steps by themselves
+    apart = bounding or activations_in_sequence(model) > DEEP
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers skip inside their kernel: a GradScaler calls step() all the same and sets found_inf.
@@ -125,7 +126,7 @@ def constrain(optimizer: Optimizer, model: nn.Module) -> Constraint:
                     nn.utils.clip_grad_value_(with_gradient, limit)
 
     handles = [optimizer.register_step_post_hook(after_step)]
-    if isinstance(optimizer, SGD):  # others choose the length of their steps by themselves
+    if bounding:
         asking = [layer for layer in layers if layer.orthogonal]
         by_weight = {id(layer.weight): layer for layer in asking}
         by_itself = {id(parameter) for layer in asking for parameter in (layer.gain, layer.bias)}
