@@ -26,7 +26,6 @@ METHODS = {
     "batch": "batch norm",
     "layer": "layer norm",
 }
-BATCH_SIZES = (1, 2, 8, 32, 128)
 
 Cell = tuple[str, str, int]  # network, method, batch size
 
@@ -59,11 +58,12 @@ def results(images: str) -> dict[Cell, Result]:
 
 def table(cells: dict[Cell, Result]) -> str:
     """Test errors in % as Markdown."""
-    columns = ["network", "method", *(f"batch {size}" for size in BATCH_SIZES)]
+    sizes = sorted({size for _, _, size in cells})
+    columns = ["network", "method", *(f"batch {size}" for size in sizes)]
     rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for network, title in NETWORKS.items():
         for method in METHODS:
-            words = [word(cells.get((network, method, size)), network) for size in BATCH_SIZES]
+            words = [word(cells.get((network, method, size)), network) for size in sizes]
             if any(words):
                 rows.append(" | ".join([f"| {title}", METHODS[method], *words]) + " |")
                 title = ""
