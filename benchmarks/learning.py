@@ -2,16 +2,18 @@
 
     python -m benchmarks.learning
 
-A cell's rate is the one with the most seeds and, among those, the lowest mean validation error; rates at which a seed
-diverged are left out.
+A cell's rate is chosen as :func:`normprop.experiments.results.table` does it.
 """
 
 import csv
-import statistics
-from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+from normprop.experiments.results import table
+from normprop.report.summary import number, percent
+
+RUNS = Path(__file__).parents[1] / "docs" / "results" / "learning.csv"
 NETWORKS = {
     "nin": "NIN, quarter width",
     "resnet14": "ResNet-14",
@@ -27,60 +29,46 @@ METHODS = {
     "layer": "layer norm",
 }
 
-Cell = tuple[str, str, int]  # network, method, batch size
 
-
-class Result:
-    """A cell: its rate, its test errors over seeds in %, and whether the rate is at the edge of those tried."""
-
-    def __init__(self, rates: dict[float, list[dict[str, str]]]) -> None:
-        whole = {rate: runs for rate, runs in rates.items() if all(run["status"] == "complete" for run in runs)}
-        seeds = max(map(len, whole.values()))
-        validation = {
-            rate: statistics.mean(float(run["validation_error"]) for run in runs)
-            for rate, runs in whole.items()
-            if len(runs) == seeds
-        }
-        self.rate = min(validation, key=validation.__getitem__)
-        self.edge = self.rate in (min(rates), max(rates))
-        self.errors = [100 * float(run["test_error"]) for run in whole[self.rate]]
-
-
-def results(images: str) -> dict[Cell, Result]:
-    """Every cell of a budget, by the number of its training images."""
-    runs: dict[Cell, dict[float, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    with (RESULTS / "learning.csv").open(newline="") as file:
+def trials(images: str) -> dict[str, list[dict[str, Any]]]:
+    """Runs with Muon on a budget, by the number of its training images: of each network as a study holds them."""
+    runs: dict[str, list[dict[str, Any]]] = {network: [] for network in NETWORKS}
+    with RUNS.open(newline="") as file:
         for run in csv.DictReader(file):
             if (run["images"], run["optimizer"]) == (images, "muon"):
-                runs[run["network"], run["method"], int(run["batch_size"])][float(run["lr"])].append(run)
-    return {cell: Result(rates) for cell, rates in runs.items() if cell[0] in NETWORKS and cell[1] in METHODS}
+                errors = {key: float(run[key] or "nan") for key in ("validation_error", "test_error")}
+                typed = {**run, **errors, "batch_size": int(run["batch_size"]), "lr": float(run["lr"])}
+                runs[run["network"]].append(typed)
+    return runs
 
 
-def table(cells: dict[Cell, Result]) -> str:
-    """Test errors in % as Markdown."""
-    sizes = sorted({size for _, _, size in cells})
+def markdown(images: str) -> str:
+    """Test errors of a budget in %."""
+    cells = {
+        network: {(row["method"], row["batch_size"]): row for row in table(runs)}
+        for network, runs in trials(images).items()
+    }
+    sizes = sorted({size for rows in cells.values() for _, size in rows})
     columns = ["network", "method", *(f"batch {size}" for size in sizes)]
-    rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    lines = [columns, ["---"] * len(columns)]
     for network, title in NETWORKS.items():
-        for method in METHODS:
-            words = [word(cells.get((network, method, size)), network) for size in sizes]
-            if any(words):
-                rows.append(" | ".join([f"| {title}", METHODS[method], *words]) + " |")
+        for method, name in METHODS.items():
+            held = [cells[network].get((method, size)) for size in sizes]
+            if any(held):
+                lines.append([title, name, *(_cell(row, digits=2 if network == "unet" else 1) for row in held)])
                 title = ""
-    return "\n".join(rows).replace("|  |", "| |").replace("|  |", "| |")
+    return "\n".join("".join(f"| {word} " if word else "| " for word in line) + "|" for line in lines)
 
 
-def word(result: Result | None, network: str) -> str:
-    """A cell's mean, deviation or number of seeds, and rate."""
-    if result is None:
+def _cell(row: Mapping[str, Any] | None, digits: int) -> str:
+    if row is None:
         return ""
-    digits = 2 if network == "unet" else 1
-    few = {1: ", one seed", 2: ", two seeds"}.get(len(result.errors), "")
-    mean = f"{statistics.mean(result.errors):.{digits}f}"
-    deviation = f" ± {statistics.stdev(result.errors):.{digits}f}" if len(result.errors) > 1 else ""
-    return f"{mean}{deviation} ({result.rate:g}{'*' if result.edge else ''}{few})"
+    deviation = f" ± {percent(row['error_std'], digits)}" if row["error_std"] is not None else ""
+    few = {1: ", one seed", 2: ", two seeds"}.get(row["seeds"], "")
+    edge = "*" if row["edge"] else ""
+    return f"{percent(row['error_mean'], digits)}{deviation} ({number(row['best_lr'])}{edge}{few})"
 
 
 if __name__ == "__main__":
     for images in ("4000", "10000"):
-        print(f"{images} images\n\n{table(results(images))}\n")
+        print(f"{images} images\n\n{markdown(images)}\n")
