@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,14 @@ class Recorder(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.batches.append(x.detach().clone())
         return x
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "batch_size", "momentum"), [("sgd", 2, 0.9), ("muon", 2, 0.975), ("muon", 8, 0.9)]
+)
+def test_momentum_not_given_suits_optimizer_and_batch_size(blobs, optimizer, batch_size, momentum):
+    config = replace(CONFIG, epochs=1, optimizer=optimizer, batch_size=batch_size, lr=0.01)
+    assert equal(fit(network, blobs, config), fit(network, blobs, replace(config, momentum=momentum)))
 
 
 def test_learns_and_reports(blobs):

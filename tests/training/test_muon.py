@@ -10,7 +10,7 @@ from normprop import models
 from normprop.errors import ConfigError
 from normprop.fused import filters
 from normprop.nn import Conv2d, ConvTranspose2d, Linear
-from normprop.training import Muon, constrain, parameter_groups
+from normprop.training import Muon, constrain, momentum_at, parameter_groups
 from normprop.training.muon import orthogonal_factor
 from normprop.training.unit_norm import DEEP
 
@@ -70,6 +70,26 @@ def test_what_is_no_matrix_moves_as_by_sgd():
         sgd.step()
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(parameter, other) == (name != "0.weight"), name
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9875])
+def test_momentum_changes_the_memory_of_what_is_no_matrix_and_not_its_speed(momentum):
+    torch.manual_seed(0)
+    layer = Linear(4, 3)
+    optimizer = Muon(parameter_groups(layer, 0.0, matrices=True), lr=0.01, momentum=momentum)
+    before, gradient = layer.bias.detach().clone(), torch.randn(3)
+    for step in range(2000):
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if step == 0:
+            layer.bias.grad = gradient
+        optimizer.step()
+    assert torch.allclose(layer.bias, before - 0.1 * gradient, atol=1e-6)
+
+
+def test_momentum_at_small_batch_sizes_remembers_80_samples():
+    assert [size / (1 - momentum_at(size)) for size in (1, 2, 4, 8)] == pytest.approx([80] * 4)
+    assert momentum_at(9) == momentum_at(1024) == 0.9
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def _settings(
     ] = "nin",
     width: Annotated[float, _network("Factor on the reference network's channels.")] = 1.0,
     epochs: Annotated[int, _training("Passes over the training images.")] = 6,
-    momentum: Annotated[float, _training("Momentum.")] = 0.9,
+    momentum: Annotated[
+        float | None, _training("Momentum; 0.9 if not given, with muon 1 - batch size / 80 below batch size 8.")
+    ] = None,
     optimizer: Annotated[str, _training("sgd or muon.")] = "sgd",
     weight_decay: Annotated[float, _training("Weight decay.")] = 5e-4,
     schedule: Annotated[str, _training("Course of the lr: constant, halving, linear or cosine.")] = "linear",

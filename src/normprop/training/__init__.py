@@ -7,7 +7,7 @@ alone and serves any training loop.
 from normprop.training.config import TrainConfig
 from normprop.training.decouple import decouple
 from normprop.training.groups import parameter_groups
-from normprop.training.muon import Muon
+from normprop.training.muon import Muon, momentum_at
 from normprop.training.records import EpochRecord, LayerRecord, TrainResult
 from normprop.training.unit_norm import constrain
 
@@ -19,5 +19,6 @@ __all__ = [
     "TrainResult",
     "constrain",
     "decouple",
+    "momentum_at",
     "parameter_groups",
 ]

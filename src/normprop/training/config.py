@@ -23,7 +23,8 @@ class TrainConfig:
         epochs: passes over the training split.
         batch_size: samples per update, over all processes together.
         lr: peak learning rate per update; not scaled with the batch size.
-        momentum: of the optimiser.
+        momentum: of the optimiser, or ``None`` for 0.9; with Muon at batch sizes below 8 that of
+            :func:`normprop.training.momentum_at`.
         optimizer: ``"sgd"`` or ``"muon"`` (:class:`normprop.training.Muon`).
         weight_decay: of the decayed parameters (see :func:`normprop.training.groups.parameter_groups`).
         schedule: course of the learning rate, a name of :mod:`normprop.training.schedules`.
@@ -60,7 +61,7 @@ class TrainConfig:
     epochs: int = 6
     batch_size: int = 32
     lr: float = 0.02
-    momentum: float = 0.9
+    momentum: float | None = None
     optimizer: str = "sgd"
     weight_decay: float = 5e-4
     schedule: str = "linear"
@@ -140,7 +141,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (_whole(1), "a whole number of at least 1"),
     "batch_size": (_whole(1), "a whole number of at least 1"),
     "lr": (_positive, "a finite number above 0"),
-    "momentum": (_real(0, 1), "a number from 0 to below 1"),
+    "momentum": (lambda value: value is None or _real(0, 1)(value), "a number from 0 to below 1, or None"),
     "optimizer": _one_of(OPTIMIZERS),
     "weight_decay": (_real(0, math.inf), "a finite number of at least 0"),
     "schedule": _one_of(SCHEDULES),

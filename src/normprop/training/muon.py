@@ -14,6 +14,32 @@ from normprop.moments.linear import as_matrices, from_matrices
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the quintic a s + b s^3 + c s^5; five times brings every singular value s from (0.01, 1) into (0.68, 1.14)."""
+DESCENT = 10
+"""Rate of what is no matrix, in learning rates: that of SGD with momentum 0.9."""
+MEMORY = 80
+"""Samples that :func:`momentum_at` averages over at least: those of batch size 8 and momentum 0.9."""
+
+
+def momentum_at(batch_size: int) -> float:
+    r"""Momentum that averages over 80 samples at least: :math:`\max(0.9,\ 1 - B / 80)` for batch size B.
+
+    The orthogonal factor of a noisy average is mostly noise, however small the steps. With this momentum and a learning
+    rate in proportion to the batch size, 1 to 8 samples a step train alike.
+
+    Args:
+        batch_size: samples per update, at least 1.
+
+    Returns:
+        The momentum for :class:`Muon`.
+
+    Source:
+        Ours (docs/results/learning.md).
+
+    Example:
+        >>> [momentum_at(size) for size in (1, 4, 8, 128)]
+        [0.9875, 0.95, 0.9, 0.9]
+    """
+    return max(0.9, 1 - batch_size / MEMORY)
 
 
 def orthogonal_factor(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -55,14 +81,15 @@ class Muon(Optimizer):
     for a matrix of m filters and fan-in n. Every filter moves by about the learning rate, whatever the length of its
     gradient, and what few filters agree on counts as much as what all do. Filters of length 1, as
     :func:`normprop.training.constrain` keeps them, turn by the learning rate as an angle; the constraint draws them
-    towards right angles in deep networks alone. Other parameters take steps of SGD with the same rate and momentum.
+    towards right angles in deep networks alone. Other parameters move by :math:`-10 \eta M`, decay in their gradients:
+    with momentum 0.9 that is SGD.
 
     Args:
         params: groups from :func:`normprop.training.parameter_groups` with ``matrices=True``. The weights of a group
             with ``"matrices": (count, transposed)`` are as many matrices, one below the other, each for itself.
-        lr: learning rate; good values for small convolutional networks are 0.01 at batch size 8 and 0.04 at 128, twice
-            that where training is short.
-        momentum: mu.
+        lr: learning rate; good values for small convolutional networks are 0.01 at batch size 8, in proportion to it
+            below (0.00125 at 1), and 0.04 at 128; twice that where training is short.
+        momentum: mu; :func:`momentum_at` gives that for a batch size below 8.
         weight_decay: lambda, of groups that do not say.
 
     Raises:
@@ -123,14 +150,13 @@ class Muon(Optimizer):
         return [self.state[parameter]["momentum_buffer"] for parameter in parameters]
 
     def _descend(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Take a step of SGD."""
+        """Move along the momentum as SGD does."""
         momenta = self._momenta(parameters)
         gradients: Any = [parameter.grad for parameter in parameters]
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        torch._foreach_add_(parameters, momenta, alpha=-DESCENT * group["lr"])
 
     def _turn(self, weights: list[Tensor], settings: dict[str, Any]) -> None:
         """Move weights of one layout along the orthogonal factors of their momenta, those of one shape together."""

@@ -18,7 +18,7 @@ from normprop.training.config import TrainConfig
 from normprop.training.decouple import decouple
 from normprop.training.divergence import LossWatch
 from normprop.training.groups import parameter_groups
-from normprop.training.muon import Muon
+from normprop.training.muon import Muon, momentum_at
 from normprop.training.records import EpochRecord
 from normprop.training.unit_norm import constrain, recognize
 
@@ -83,12 +83,14 @@ class Run:
         )
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "muon":
-            self.optimizer = Muon(groups, lr=config.lr, momentum=config.momentum)
+            momentum = momentum_at(config.batch_size) if config.momentum is None else config.momentum
+            self.optimizer = Muon(groups, lr=config.lr, momentum=momentum)
         else:
             # One kernel for all parameters. Not under a GradScaler: it forbids clipping, and momentum stays
             # uninitialised memory when the first step is skipped (torch 2.13).
             fused = config.precision != "16-mixed"
-            self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+            momentum = 0.9 if config.momentum is None else config.momentum
+            self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=fused)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = list(self.model.parameters())
         if config.unit_norm:
