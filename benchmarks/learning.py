@@ -1,19 +1,24 @@
-"""The tables of docs/results/learning.md that were measured with Muon, from the runs in its learning.csv.
+"""The tables of docs/results/learning.md that were measured with Muon, and its picture, from the runs of learning.csv.
 
     python -m benchmarks.learning
 
-A cell's rate is chosen as :func:`normprop.experiments.results.table` does it.
+The tables are printed, the picture is written to docs/results/learning.svg. A cell's rate is chosen as
+:func:`normprop.experiments.results.table` does it.
 """
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from normprop.diagnostics.plot import Line, Plot
 from normprop.experiments.results import table
+from normprop.files import write_content
+from normprop.report.plots import svg
 from normprop.report.summary import number, percent
 
-RUNS = Path(__file__).parents[1] / "docs" / "results" / "learning.csv"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 NETWORKS = {
     "nin": "NIN, quarter width",
     "resnet14": "ResNet-14",
@@ -33,7 +38,7 @@ METHODS = {
 def trials(images: str) -> dict[str, list[dict[str, Any]]]:
     """Runs with Muon on a budget, by the number of its training images: of each network as a study holds them."""
     runs: dict[str, list[dict[str, Any]]] = {network: [] for network in NETWORKS}
-    with RUNS.open(newline="") as file:
+    with (RESULTS / "learning.csv").open(newline="") as file:
         for run in csv.DictReader(file):
             if (run["images"], run["optimizer"]) == (images, "muon"):
                 errors = {key: float(run[key] or "nan") for key in ("validation_error", "test_error")}
@@ -42,22 +47,49 @@ def trials(images: str) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def markdown(images: str) -> str:
-    """Test errors of a budget in %."""
-    cells = {
+def cells(images: str) -> dict[str, dict[tuple[str, int], Mapping[str, Any]]]:
+    """Rows of the tables of a budget, by network, method and batch size."""
+    return {
         network: {(row["method"], row["batch_size"]): row for row in table(runs)}
         for network, runs in trials(images).items()
     }
-    sizes = sorted({size for rows in cells.values() for _, size in rows})
+
+
+def markdown(networks: Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]) -> str:
+    """Test errors in %."""
+    sizes = sorted({size for rows in networks.values() for _, size in rows})
     columns = ["network", "method", *(f"batch {size}" for size in sizes)]
     lines = [columns, ["---"] * len(columns)]
     for network, title in NETWORKS.items():
         for method, name in METHODS.items():
-            held = [cells[network].get((method, size)) for size in sizes]
+            held = [networks[network].get((method, size)) for size in sizes]
             if any(held):
                 lines.append([title, name, *(_cell(row, digits=2 if network == "unet" else 1) for row in held)])
                 title = ""
     return "\n".join("".join(f"| {word} " if word else "| " for word in line) + "|" for line in lines)
+
+
+def plots(networks: Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]) -> list[Plot]:
+    """Test error over batch size, with bars of one standard deviation over seeds where there are several."""
+    drawn = []
+    for network, title in NETWORKS.items():
+        lines = []
+        for method in ("normprop", "batch", "layer"):
+            rows = [row for (of, _), row in networks[network].items() if of == method]
+            if len(rows) > 1:
+                means = [100 * row["error_mean"] for row in rows]
+                half = [math.nan if row["error_std"] is None else 100 * row["error_std"] for row in rows]
+                low = [mean - width for mean, width in zip(means, half, strict=True)]
+                high = [mean + width for mean, width in zip(means, half, strict=True)]
+                sizes = [row["batch_size"] for row in rows]
+                lines += [
+                    Line(METHODS[method], sizes, means),
+                    Line(METHODS[method], sizes, means, low, high, style="points"),
+                ]
+        if lines:
+            ticks = [(size, str(size)) for size in (1, 2, 8, 32, 128)]
+            drawn.append(Plot(title, "batch size", "test error in %", lines, x_scale="log", x_ticks=ticks))
+    return drawn
 
 
 def _cell(row: Mapping[str, Any] | None, digits: int) -> str:
@@ -70,5 +102,6 @@ def _cell(row: Mapping[str, Any] | None, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    for images in ("4000", "10000"):
-        print(f"{images} images\n\n{markdown(images)}\n")
+    small, large = cells("4000"), cells("10000")
+    print(f"4000 images\n\n{markdown(small)}\n\n10000 images\n\n{markdown(large)}")
+    write_content(RESULTS / "learning.svg", svg(plots(large)))
