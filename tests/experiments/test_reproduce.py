@@ -27,7 +27,9 @@ def tiny(monkeypatch):
     """The protocol on a few digits, for two epochs."""
 
     def settings(context, *, data_norm, augment=(), data="cifar10"):
-        training = TrainConfig(epochs=10, schedule="halving", halve_every=2, data_norm=data_norm, accelerator="cpu")
+        training = TrainConfig(
+            epochs=10, momentum=0.9, schedule="halving", halve_every=2, data_norm=data_norm, accelerator="cpu"
+        )
         return Settings(data="digits", model="mlp", width=0.05, train=60, validation=20, test=20, training=training)
 
     monkeypatch.setattr(cifar, "settings", settings)

@@ -44,7 +44,7 @@ def images(monkeypatch):
 
 
 def tiny(context, **_):
-    training = TrainConfig(epochs=2, accelerator="cpu")
+    training = TrainConfig(epochs=2, momentum=0.9, accelerator="cpu")
     return Settings(data="cifar10", model="mlp", width=0.05, train=80, validation=20, test=20, training=training)
 
 
