@@ -33,6 +33,8 @@ METHODS = {
     "batch": "batch norm",
     "layer": "layer norm",
 }
+Cells = Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]
+"""Rows of :func:`normprop.experiments.results.table`, by network, method and batch size."""
 
 
 def trials(images: str) -> dict[str, list[dict[str, Any]]]:
@@ -47,15 +49,15 @@ def trials(images: str) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def cells(images: str) -> dict[str, dict[tuple[str, int], Mapping[str, Any]]]:
-    """Rows of the tables of a budget, by network, method and batch size."""
+def cells(images: str) -> Cells:
+    """Cells of a budget, by the number of its training images."""
     return {
         network: {(row["method"], row["batch_size"]): row for row in table(runs)}
         for network, runs in trials(images).items()
     }
 
 
-def markdown(networks: Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]) -> str:
+def markdown(networks: Cells) -> str:
     """Test errors in %."""
     sizes = sorted({size for rows in networks.values() for _, size in rows})
     columns = ["network", "method", *(f"batch {size}" for size in sizes)]
@@ -69,7 +71,7 @@ def markdown(networks: Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]
     return "\n".join("".join(f"| {word} " if word else "| " for word in line) + "|" for line in lines)
 
 
-def plots(networks: Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]) -> list[Plot]:
+def plots(networks: Cells) -> list[Plot]:
     """Test error over batch size, with bars of one standard deviation over seeds where there are several."""
     drawn = []
     for network, title in NETWORKS.items():
@@ -83,7 +85,7 @@ def plots(networks: Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]) -
                 high = [mean + width for mean, width in zip(means, half, strict=True)]
                 sizes = [row["batch_size"] for row in rows]
                 lines += [
-                    Line(METHODS[method], sizes, means),
+                    Line(METHODS[method], sizes, means, style="line"),
                     Line(METHODS[method], sizes, means, low, high, style="points"),
                 ]
         if lines:
