@@ -94,20 +94,23 @@ def _rehearse(net: nn.Module, x: Inputs) -> _Done:
         power = 1.0 if gain is None else float(gain.double().square().mean())
         others = [i for i in range(output.ndim) if i != axis]
         sizes.append(output.numel())
-        squares = (output - output.mean(others, keepdim=True)).square()
-        met = float(squares.mean(dtype=torch.float64))
+        squares = (output - output.mean(others, keepdim=True)).square_()
+        each = squares.reshape(samples if samples and len(output) % samples == 0 else 1, -1).mean(1).double()
+        met = float(each.mean())
         if not math.isfinite(met):
             raise ConversionError(f"{path}: after conversion its output in the rehearsal is not finite")
         ratio = met / power if power > 0.0 else 0.0
         if 1e-12 < ratio < 1e12:
-            if samples > 1 and len(output) % samples == 0:
-                errors.append(float(squares.reshape(samples, -1).mean(1).std()) / met / samples**0.5)
+            if len(each) > 1:
+                errors.append(float(each.std()) / met / samples**0.5)
         else:  # silent layers, such as a branch that begins at zero, stay as they are
             ratio = 1.0
         module.correction.mul_(ratio)
         reached[path] = float(module.correction)
-        bias = 0.0 if module.bias is None else module.bias.reshape([-1 if i == axis else 1 for i in range(output.ndim)])
-        corrected: Tensor = (output - bias) / ratio**0.5 + bias
+        if module.bias is None:
+            return output / ratio**0.5
+        bias = module.bias.reshape([-1 if i == axis else 1 for i in range(output.ndim)])
+        corrected: Tensor = torch.add(bias * (1.0 - ratio**-0.5), output, alpha=ratio**-0.5)
         return corrected
 
     handles = [module.register_forward_hook(hook) for module in paths]
