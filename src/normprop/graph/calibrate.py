@@ -107,11 +107,12 @@ def _rehearse(net: nn.Module, x: Inputs) -> _Done:
             ratio = 1.0
         module.correction.mul_(ratio)
         reached[path] = float(module.correction)
+        scale = ratio**-0.5
+        corrected: Tensor = output * scale
         if module.bias is None:
-            return output / ratio**0.5
+            return corrected
         bias = module.bias.reshape([-1 if i == axis else 1 for i in range(output.ndim)])
-        corrected: Tensor = torch.add(bias * (1.0 - ratio**-0.5), output, alpha=ratio**-0.5)
-        return corrected
+        return corrected.add_(bias * (1.0 - scale))
 
     handles = [module.register_forward_hook(hook) for module in paths]
     try:
