@@ -95,7 +95,8 @@ def _rehearse(net: nn.Module, x: Inputs) -> _Done:
         others = [i for i in range(output.ndim) if i != axis]
         sizes.append(output.numel())
         squares = (output - output.mean(others, keepdim=True)).square_()
-        each = squares.reshape(samples if samples and len(output) % samples == 0 else 1, -1).mean(1).double()
+        rows = squares.reshape(samples if samples and len(output) % samples == 0 else 1, -1)
+        each = rows.mean(1, dtype=torch.promote_types(rows.dtype, torch.float32)).double()
         met = float(each.mean())
         if not math.isfinite(met):
             raise ConversionError(f"{path}: after conversion its output in the rehearsal is not finite")
