@@ -44,12 +44,13 @@ def available(*tensors: Tensor | None) -> bool:
             continue
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return False
-        if not full_precision(tensor) and not _autocast(tensor):
+        if not full_precision(tensor) and not under_autocast(tensor):
             return False
     return True
 
 
-def _autocast(tensor: Tensor) -> bool:
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether operators on a tensor's device choose their own types now."""
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -105,7 +106,7 @@ class _Normalized(torch.autograd.Function):
         shift, mean = constants.shift, constants.mean
         dtype = weight.dtype
         ctx.input_dtype = input.dtype
-        if _autocast(input) and dtype == torch.float32:
+        if under_autocast(input) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(dtype)
         # At small batches and wide layers it is the output that is scaled, forward and backward, not the weight.

@@ -13,9 +13,10 @@ from normprop.graph.absorb import channel_axis
 from normprop.graph.calibrate import calibrate
 from normprop.graph.capture import Inputs
 from normprop.graph.exact import prove, require_finite
+from normprop.graph.forward_pass import ForwardPass
 from normprop.graph.node import Graph, leaves, replace
 from normprop.graph.plan import Plan, analyze, refuse
-from normprop.graph.program import mixed, program
+from normprop.graph.program import Step, mixed, program
 from normprop.graph.propagate import Propagation, evaluate
 from normprop.graph.sites import EPS, Site
 from normprop.moments.linear import Coverage
@@ -216,19 +217,24 @@ def _exchange(net: nn.Module, made: dict[str, nn.Module]) -> None:
 def _enliven(plan: Plan, net: nn.Module, known: Propagation, roots: dict[int, tuple[str, str]]) -> None:
     """Give every new layer the part of the propagation that leads to it."""
     modules = dict(net.named_modules(remove_duplicate=False))
-    for site in plan.sites:
-        taken = plan.absorbed.get(site.path)
-        if taken is None:
-            reads = [(place.input, 1) for place in site.places]
-            path = roots[site.places[0].output][0]
-        else:
-            path, nodes = taken
-            reads = [(node.inputs[0], _axis(plan.graph, node)) for node in nodes]
-        layer = modules[path]
-        assert isinstance(layer, Predicted)
-        made = program(plan.graph, known, reads, roots, modules)
-        if made.steps:
-            layer.source = made.rehearse()
+    steps: dict[int, Step] = {}
+    forward_pass = ForwardPass()
+    with forward_pass.alone():
+        for site in plan.sites:
+            taken = plan.absorbed.get(site.path)
+            if taken is None:
+                reads = [(place.input, 1) for place in site.places]
+                path = roots[site.places[0].output][0]
+            else:
+                path, nodes = taken
+                reads = [(node.inputs[0], _axis(plan.graph, node)) for node in nodes]
+            layer = modules[path]
+            assert isinstance(layer, Predicted)
+            made = program(plan.graph, known, reads, roots, modules, steps, forward_pass)
+            if made.steps:
+                layer.source = made.rehearse()
+    if steps:
+        forward_pass.watch(net)
 
 
 def _reset(net: nn.Module) -> list[str]:

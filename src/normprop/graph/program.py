@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normprop.fused_layer import under_autocast
 from normprop.graph.expression import Expression
+from normprop.graph.forward_pass import ForwardPass
 from normprop.graph.node import Graph, Node, State, leaves
 from normprop.graph.propagate import Propagation, evaluate
 from normprop.graph.signal import Origin, Signal
@@ -43,12 +45,14 @@ class Program:
         constants: signals that no parameter changes.
         steps: the nodes to evaluate, in order.
         reads: node and channel axis of each call of the layer; moments of several calls are mixed.
+        forward_pass: what other programs of the network have worked out.
     """
 
     modules: dict[str, nn.Module]
     constants: dict[int, Any]
     steps: list[Step]
     reads: list[tuple[int, int]]
+    forward_pass: ForwardPass
 
     def __post_init__(self) -> None:
         states = (leaf for step in self.steps for leaf in leaves(step.node.args) if isinstance(leaf, State))
@@ -72,7 +76,10 @@ class Program:
         tensors = [getattr(self.modules[state.path], state.name) for state in self.states]
         if self.held and tensors and self.held[0].device != tensors[0].device:
             self.held = [tensor.to(tensors[0].device) for tensor in self.held]
-        return _evaluate(self, tensors, self.held)
+        if not tensors or not under_autocast(tensors[0]):
+            return _evaluate(self, tensors, self.held)
+        with torch.autocast(tensors[0].device.type, enabled=False):  # a few channels: digits cost nothing
+            return _evaluate(self, tensors, self.held)
 
     def rehearse(self) -> "Program":
         """Evaluate once, so that rules keep what they keep and what is left depends on tensors alone."""
@@ -113,8 +120,13 @@ def _evaluate(program: Program, tensors: list[Tensor], held: list[Tensor]) -> tu
     Python depends on shapes and numbers, never on values.
     """
     state = dict(zip(program.states, tensors, strict=True))
-    values = _mapped(program.constants, Slot, lambda slot: held[slot.index])
+    values = program.forward_pass.values(state)
+    for index, constant in program.constants.items():
+        if index not in values:
+            values[index] = _mapped(constant, Slot, lambda slot: held[slot.index])
     for step in program.steps:
+        if step.node.index in values:
+            continue
         memory = _mapped(step.memory, Slot, lambda slot: held[slot.index]) if held else step.memory
         values[step.node.index] = evaluate(step.node, state.__getitem__, program.modules.__getitem__, values, memory)
     return mixed([values[index].channels(axis) for index, axis in program.reads])
@@ -150,6 +162,8 @@ def program(
     reads: list[tuple[int, int]],
     roots: Mapping[int, tuple[str, str]],
     modules: Mapping[str, nn.Module],
+    steps: dict[int, Step],
+    forward_pass: ForwardPass,
 ) -> Program:
     """The part of a propagation that leads to what a layer reads.
 
@@ -160,6 +174,8 @@ def program(
         roots: nodes of converted normalisers; the path of the module that holds their gain and bias, and the gain's
             name there.
         modules: the converted network's modules, by path.
+        steps: the steps of the network's programs so far, by node; new ones are added.
+        forward_pass: what the network's programs have in common.
 
     Returns:
         The program.
@@ -173,7 +189,7 @@ def program(
         needed.add(index)
         if index not in roots:
             stack.extend(graph.nodes[index].inputs)
-    steps: list[Step] = []
+    own: list[Step] = []
     constants: dict[int, Any] = {}
     used: dict[str, nn.Module] = {}
     moving: set[int] = set()
@@ -185,14 +201,14 @@ def program(
         if not states and not moving.intersection(node.inputs) and node.op != "module":
             continue
         moving.add(index)
-        steps.append(Step(node))
+        own.append(steps.setdefault(index, Step(node)))
         used.update({state.path: modules[state.path] for state in states})
         if node.op == "module":
             used[node.path] = modules[node.path]
-    for step in steps:
+    for step in own:
         constants.update({i: known.values[i] for i in step.node.inputs if i not in moving})
     constants.update({index: known.values[index] for index, _ in reads if index not in moving})
-    return Program(used, constants, steps, reads)
+    return Program(used, constants, own, reads, forward_pass)
 
 
 def _root(node: Node, path: str, gain: str) -> Node:
