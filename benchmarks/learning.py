@@ -1,5 +1,7 @@
 """The tables of docs/results/learning.md that were measured with Muon, and its picture, from the runs of learning.csv.
 
+On the larger budget forty layers were trained with SGD as well, which suits them better.
+
     python -m benchmarks.learning
 
 The tables are printed, the picture is written to docs/results/learning.svg. A cell's rate is chosen as
@@ -32,28 +34,34 @@ METHODS = {
     "normprop --decouple": "normprop, decoupled",
     "batch": "batch norm",
     "layer": "layer norm",
+    "normprop, SGD": "normprop, SGD",
+    "batch, SGD": "batch norm, SGD",
 }
 Cells = Mapping[str, Mapping[tuple[str, int], Mapping[str, Any]]]
 """Rows of :func:`normprop.experiments.results.table`, by network, method and batch size."""
 
 
-def trials(images: str) -> dict[str, list[dict[str, Any]]]:
-    """Runs with Muon on a budget, by the number of its training images: of each network as a study holds them."""
+def trials(images: str, sgd: bool) -> dict[str, list[dict[str, Any]]]:
+    """Runs on a budget, by the number of its training images: of each network as a study holds them.
+
+    Those with SGD, if asked for, say so in their method.
+    """
     runs: dict[str, list[dict[str, Any]]] = {network: [] for network in NETWORKS}
     with (RESULTS / "learning.csv").open(newline="") as file:
         for run in csv.DictReader(file):
-            if (run["images"], run["optimizer"]) == (images, "muon"):
+            if run["images"] == images and (sgd or run["optimizer"] == "muon"):
+                method = run["method"] + (", SGD" if run["optimizer"] == "sgd" else "")
                 errors = {key: float(run[key] or "nan") for key in ("validation_error", "test_error")}
-                typed = {**run, **errors, "batch_size": int(run["batch_size"]), "lr": float(run["lr"])}
-                runs[run["network"]].append(typed)
+                numbers = {**errors, "batch_size": int(run["batch_size"]), "lr": float(run["lr"])}
+                runs[run["network"]].append({**run, **numbers, "method": method})
     return runs
 
 
-def cells(images: str) -> Cells:
-    """Cells of a budget, by the number of its training images."""
+def cells(images: str, sgd: bool = False) -> Cells:
+    """Cells of a budget, by the number of its training images; those with Muon, or with SGD as well."""
     return {
         network: {(row["method"], row["batch_size"]): row for row in table(runs)}
-        for network, runs in trials(images).items()
+        for network, runs in trials(images, sgd).items()
     }
 
 
@@ -76,7 +84,7 @@ def plots(networks: Cells) -> list[Plot]:
     drawn = []
     for network, title in NETWORKS.items():
         lines = []
-        for method in ("normprop", "batch", "layer"):
+        for method in (method for method in METHODS if "decouple" not in method):
             rows = [row for (of, _), row in networks[network].items() if of == method]
             if len(rows) > 1:
                 means = [100 * row["error_mean"] for row in rows]
@@ -104,6 +112,6 @@ def _cell(row: Mapping[str, Any] | None, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    small, large = cells("4000"), cells("10000")
+    small, large = cells("4000"), cells("10000", sgd=True)
     print(f"4000 images\n\n{markdown(small)}\n\n10000 images\n\n{markdown(large)}")
     write_content(RESULTS / "learning.svg", svg(plots(large)))
