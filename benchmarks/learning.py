@@ -84,17 +84,17 @@ def plots(networks: Cells) -> list[Plot]:
     drawn = []
     for network, title in NETWORKS.items():
         lines = []
-        for method in (method for method in METHODS if "decouple" not in method):
+        for method, name in METHODS.items():
             rows = [row for (of, _), row in networks[network].items() if of == method]
-            if len(rows) > 1:
+            if len(rows) > 1 and method != "normprop --decouple":
                 means = [100 * row["error_mean"] for row in rows]
                 half = [math.nan if row["error_std"] is None else 100 * row["error_std"] for row in rows]
                 low = [mean - width for mean, width in zip(means, half, strict=True)]
                 high = [mean + width for mean, width in zip(means, half, strict=True)]
                 sizes = [row["batch_size"] for row in rows]
                 lines += [
-                    Line(METHODS[method], sizes, means, style="line"),
-                    Line(METHODS[method], sizes, means, low, high, style="points"),
+                    Line(name, sizes, means, style="line"),
+                    Line(name, sizes, means, low, high, style="points"),
                 ]
         if lines:
             ticks = [(size, str(size)) for size in (1, 2, 8, 32, 128)]
