@@ -1,6 +1,6 @@
 """The tables of docs/results/learning.md that were measured with Muon, and its picture, from the runs of learning.csv.
 
-On the larger budget forty layers were trained with SGD as well, which suits them better.
+The larger budget's has the few cells that were trained with SGD as well.
 
     python -m benchmarks.learning
 
@@ -86,7 +86,7 @@ def plots(networks: Cells) -> list[Plot]:
         lines = []
         for method, name in METHODS.items():
             rows = [row for (of, _), row in networks[network].items() if of == method]
-            if len(rows) > 1 and method != "normprop --decouple":
+            if len(rows) > 1 and method != "normprop --decouple":  # decoupled: two sizes, one seed each
                 means = [100 * row["error_mean"] for row in rows]
                 half = [math.nan if row["error_std"] is None else 100 * row["error_std"] for row in rows]
                 low = [mean - width for mean, width in zip(means, half, strict=True)]
